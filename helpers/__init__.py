@@ -1,0 +1,1 @@
+"""The code behind the notebooks: one module per notebook and a few shared ones."""

@@ -1,0 +1,315 @@
+"""Notebook 02: the convolutional network and its training."""
+
+import os
+
+# Read by TensorFlow when it is imported: no start-up remarks, and sums in a fixed order.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from dataclasses import dataclass
+
+import keras
+import mlflow
+import numpy as np
+import pandas as pd
+from sklearn.compose import ColumnTransformer
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+from helpers import tracking
+from helpers.display import COLOURS, new_figure
+from helpers.preprocessing import make_preprocessor
+from helpers.workspace import ParameterError
+
+POOL_SIZE = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be chosen about the network and its training.
+
+    Attributes
+    ----------
+    filters, kernel_size : int
+        Of the convolution.
+    l2 : float
+        Weight penalty of the convolution and the output layer.
+    learning_rate : float
+        Of Adam at the first step; it falls to zero along a cosine.
+    batch_size : int
+        Rows per step.
+    epochs : int
+        Most passes over the training rows.
+    patience : int
+        Epochs without a lower validation loss before training stops.
+    validation_size : float
+        Share of the training rows that is kept for validation.
+    class_weight_power : float
+        Weights of the classes: (balanced weight) to this power; 0: none.
+    seed : int
+        Governs the validation part, the initial weights and the order of the rows.
+    """
+
+    filters: int = 32
+    kernel_size: int = 3
+    l2: float = 0.003
+    learning_rate: float = 0.002
+    batch_size: int = 32
+    epochs: int = 30
+    patience: int = 6
+    validation_size: float = 0.1
+    class_weight_power: float = 0.2
+    seed: int = 0
+
+
+@dataclass
+class Training:
+    """A trained network with its preprocessing.
+
+    Attributes
+    ----------
+    preprocessor : sklearn.compose.ColumnTransformer
+        Fitted on the rows used for training, without the validation part.
+    network : keras.Model
+        With the weights of `best_epoch`.
+    history : pandas.DataFrame
+        Index ``epoch`` from 1; columns ``loss``, ``accuracy``, ``val_loss``, ``val_accuracy``.
+    best_epoch : int
+        Epoch with the lowest validation loss.
+    validation_inputs : numpy.ndarray, shape (n_validation, n_inputs), float32
+    validation_targets : numpy.ndarray, shape (n_validation,), int64
+        Positions in the sorted labels.
+    """
+
+    preprocessor: ColumnTransformer
+    network: keras.Model
+    history: pd.DataFrame
+    best_epoch: int
+    validation_inputs: np.ndarray
+    validation_targets: np.ndarray
+
+
+def make_network(n_inputs, n_classes, filters=32, kernel_size=2, l2=0.0):
+    """Make the network: Conv1D → MaxPooling1D → Flatten → Dense softmax.
+
+    Parameters
+    ----------
+    n_inputs : int
+        Preprocessed inputs; they become (n_inputs, 1) for the convolution.
+    n_classes : int
+    filters, kernel_size : int
+        Of the convolution; the original had 32 and 2.
+    l2 : float
+        Weight penalty.
+
+    Returns
+    -------
+    keras.Sequential
+        Not compiled. With 34 inputs, 3 classes and the defaults it has 1,635 parameters, as
+        the original.
+    """
+    # A table with very few inputs gets a shorter kernel and no pooling rather than an error.
+    kernel_size = min(kernel_size, n_inputs)
+    pool_size = min(POOL_SIZE, n_inputs - kernel_size + 1)
+    penalty = keras.regularizers.L2(l2) if l2 else None
+    return keras.Sequential(
+        [
+            keras.layers.Input((n_inputs,)),
+            keras.layers.Reshape((n_inputs, 1)),
+            keras.layers.Conv1D(
+                filters, kernel_size, activation="relu", kernel_regularizer=penalty
+            ),
+            keras.layers.MaxPooling1D(pool_size),
+            keras.layers.Flatten(),
+            keras.layers.Dense(n_classes, activation="softmax", kernel_regularizer=penalty),
+        ],
+        name="model_conv_network",
+    )
+
+
+def class_weights(targets, power):
+    """Return the weight of each class: its balanced weight to a power, 1 on average.
+
+    Parameters
+    ----------
+    targets : numpy.ndarray, shape (n_rows,)
+        Positions of the labels.
+    power : float
+        0: all classes weigh the same; 1: every class weighs the same in sum.
+
+    Returns
+    -------
+    dict of int to float
+    """
+    counts = np.bincount(targets)
+    weights = (len(targets) / (len(counts) * counts)) ** power
+    weights *= len(targets) / (weights * counts).sum()
+    return dict(enumerate(weights.tolist()))
+
+
+class _Progress(keras.callbacks.Callback):
+    """Show a bar with losses, and log each epoch to MLflow as it ends."""
+
+    def __init__(self, epochs):
+        super().__init__()
+        self._bar = tqdm(total=epochs, desc="Training", unit="epoch", ncols=100, mininterval=1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if mlflow.active_run():
+            names = {"loss": "train_loss", "accuracy": "train_accuracy"}
+            values = {names.get(name, name): value for name, value in logs.items()}
+            mlflow.log_metrics(values, step=epoch + 1)
+        self._bar.set_postfix_str(
+            f"loss {logs['loss']:.4f}, validation {logs['val_loss']:.4f} "
+            f"(accuracy {logs['val_accuracy']:.3f})"
+        )
+        self._bar.update()
+
+    def on_train_end(self, logs=None):
+        self._bar.close()
+
+
+def _split_validation(split, settings):
+    targets = np.searchsorted(split.labels, split.y_train)
+    rows = np.arange(len(targets))
+    try:
+        return targets, *train_test_split(
+            rows,
+            test_size=settings.validation_size,
+            stratify=targets,
+            random_state=settings.seed,
+        )
+    except ValueError:
+        raise ParameterError(
+            f"VALIDATION_SIZE = {settings.validation_size:g} of {len(rows)} training rows "
+            f"leaves fewer than one row for each of {len(split.labels)} classes. Make it larger."
+        ) from None
+
+
+def train(split, settings=None):
+    """Train the network; stop early and keep the best weights.
+
+    The validation part is taken from the training rows; test rows are not touched.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    settings : Settings, optional
+
+    Returns
+    -------
+    Training
+    """
+    settings = settings or Settings()
+    targets, rows, validation_rows = _split_validation(split, settings)
+    preprocessor = make_preprocessor(split.numeric, split.categorical)
+    inputs = preprocessor.fit_transform(split.X_train.iloc[rows]).astype("float32")
+    held_out = preprocessor.transform(split.X_train.iloc[validation_rows]).astype("float32")
+    keras.utils.set_random_seed(settings.seed)
+    network = make_network(
+        inputs.shape[1], len(split.labels), settings.filters, settings.kernel_size, settings.l2
+    )
+    steps = settings.epochs * -(-len(rows) // settings.batch_size)
+    network.compile(
+        keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(settings.learning_rate, steps)
+        ),
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    stopper = keras.callbacks.EarlyStopping(
+        monitor="val_loss", patience=settings.patience, restore_best_weights=True
+    )
+    fitted = network.fit(
+        inputs,
+        targets[rows],
+        validation_data=(held_out, targets[validation_rows]),
+        batch_size=settings.batch_size,
+        epochs=settings.epochs,
+        class_weight=class_weights(targets[rows], settings.class_weight_power),
+        callbacks=[stopper, _Progress(settings.epochs)],
+        verbose=0,
+    )
+    history = pd.DataFrame(fitted.history)
+    history.index = pd.RangeIndex(1, len(history) + 1, name="epoch")
+    best_epoch = int(history["val_loss"].idxmin())
+    return Training(preprocessor, network, history, best_epoch, held_out, targets[validation_rows])
+
+
+def preview(split, settings):
+    """Make the network that `train` would train, for a look at its layers.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    settings : Settings
+
+    Returns
+    -------
+    keras.Sequential
+    """
+    preprocessor = make_preprocessor(split.numeric, split.categorical).fit(split.X_train)
+    n_inputs = preprocessor.transform(split.X_train.head(1)).shape[1]
+    return make_network(
+        n_inputs, len(split.labels), settings.filters, settings.kernel_size, settings.l2
+    )
+
+
+def log_model(training, split):
+    """Log the network with its preprocessing in the active run.
+
+    Parameters
+    ----------
+    training : Training
+    split : helpers.data.Split
+
+    Returns
+    -------
+    mlflow.models.model.ModelInfo
+    """
+    return tracking.log_model(split, preprocessor=training.preprocessor, network=training.network)
+
+
+def log_training(training, split, settings):
+    """Log parameters and learning curves of a training in the active run.
+
+    Parameters
+    ----------
+    training : Training
+    split : helpers.data.Split
+    settings : Settings
+    """
+    mlflow.log_params(
+        {
+            **vars(settings),
+            "optimizer": "Adam, cosine decay",
+            "pool_size": POOL_SIZE,
+            "n_inputs": training.network.input_shape[1],
+            "n_parameters": training.network.count_params(),
+            "epochs_trained": len(training.history),
+            "best_epoch": training.best_epoch,
+        }
+    )
+    tracking.log_figure(plot_history(training), "learning_curves.png")
+
+
+def plot_history(training):
+    """Draw the learning curves, the best epoch marked.
+
+    Parameters
+    ----------
+    training : Training
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    figure, axes = new_figure(1, 2, width=9, height=3.4)
+    for axis, name in zip(axes, ("loss", "accuracy"), strict=True):
+        axis.plot(training.history[name], label="training", color=COLOURS["info"])
+        axis.plot(training.history[f"val_{name}"], label="validation", color=COLOURS["warning"])
+        axis.axvline(training.best_epoch, color="grey", linestyle=":", label="best epoch")
+        axis.set(xlabel="epoch", ylabel=name)
+    axes[0].legend(frameon=False)
+    figure.suptitle(f"Learning curves; best weights from epoch {training.best_epoch}")
+    return figure

@@ -1,0 +1,826 @@
+"""Notebook 01: fetch, read, check, split and save a table.
+
+Any CSV with a target column will do. The first data set is the students' table of the UCI
+repository [1]_, in its original variant (UCI) and in its re-coded one (Kaggle).
+
+References
+----------
+.. [1] V. Realinho, M. Vieira Martins, J. Machado, L. Baptista (2021). *Predict Students'
+   Dropout and Academic Success*. UCI Machine Learning Repository. doi:10.24432/C5MC89
+   (CC BY 4.0).
+"""
+
+import codecs
+import csv
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from helpers.display import COLOURS, new_figure, notice
+from helpers.workspace import MissingStepError, ProjectError, file_digest
+
+UCI_URL = (
+    "https://archive.ics.uci.edu/static/public/697/"
+    "predict+students+dropout+and+academic+success.zip"
+)
+UCI_TIMEOUT = 5  # seconds; without a network `auto` must not keep anyone waiting
+URL_TIMEOUT = 30  # seconds
+SAMPLE = Path(__file__).with_name("sample_data") / "student_outcomes_sample.csv.gz"
+
+STUDENT_CATEGORICAL = (
+    "Marital status",
+    "Application mode",
+    "Course",
+    "Previous qualification",
+    "Nacionality",
+    "Mother's qualification",
+    "Father's qualification",
+    "Mother's occupation",
+    "Father's occupation",
+)
+
+MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
+DELIMITERS = ",;\t|"
+MAX_CLASSES = 50
+MIN_TRAIN_ROWS = 5  # rows of each class among the training rows: one for each fold of five
+SPLIT_FILES = ("table.parquet", "train.parquet", "test.parquet", "manifest.json")
+
+
+class DataError(ProjectError):
+    """The table cannot be used; the message names the file, the column and the way out."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as read, with what is known about it.
+
+    Attributes
+    ----------
+    frame : pandas.DataFrame, shape (n_rows, n_columns)
+        Features (int64, float64, bool or text) and the target (int64 or text), in file order.
+    target : str
+        Name of the target column.
+    categorical : tuple of str
+        Features that are categories, whether written as text or as number codes.
+    source : str
+        ``uci``, ``sample``, or the path or URL of the CSV.
+    digest : str
+        SHA-256 of the table's content as CSV, independent of the file's dialect.
+    """
+
+    frame: pd.DataFrame
+    target: str
+    categorical: tuple
+    source: str
+    digest: str
+
+    @property
+    def synthetic(self):
+        """Whether this is the bundled synthetic sample."""
+        return self.source == "sample"
+
+    @property
+    def numeric(self):
+        """Features that are not categories."""
+        return tuple(
+            name
+            for name in self.frame.columns
+            if name != self.target and name not in self.categorical
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and test rows of a table.
+
+    Attributes
+    ----------
+    X_train, X_test : pandas.DataFrame, shapes (n_train, n_features), (n_test, n_features)
+    y_train, y_test : pandas.Series, shapes (n_train,), (n_test,)
+        int64 or text labels.
+    manifest : dict
+        What the split is: source, digest, rows, columns, classes, seed.
+    table : pandas.DataFrame, optional
+        The table before the split; only where the split was just made.
+    """
+
+    X_train: pd.DataFrame
+    X_test: pd.DataFrame
+    y_train: pd.Series
+    y_test: pd.Series
+    manifest: dict
+    table: pd.DataFrame | None = field(default=None, repr=False)
+
+    @property
+    def categorical(self):
+        """Names of the categorical features."""
+        return tuple(self.manifest["categorical"])
+
+    @property
+    def numeric(self):
+        """Names of the other features."""
+        return tuple(self.manifest["numeric"])
+
+    @property
+    def labels(self):
+        """Class labels, sorted."""
+        return list(self.manifest["classes"])
+
+
+# --- fetching ---------------------------------------------------------------------------------
+
+
+def _download(url, timeout):
+    import requests
+
+    try:
+        response = requests.get(url, timeout=timeout)
+        response.raise_for_status()
+    except requests.RequestException as error:
+        raise DataError(
+            f"{url} does not answer ({type(error).__name__}). Check the address and the "
+            "network, or give the path of a CSV on this machine as DATA_SOURCE."
+        ) from None
+    return response.content
+
+
+def _read_bytes(source):
+    if source.startswith(("http://", "https://")):
+        return _download(source, URL_TIMEOUT)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(
+            f"There is no file {path} (looked in {Path.cwd()}). Give DATA_SOURCE the path or "
+            "URL of a CSV, or 'sample' for the bundled table."
+        )
+    return path.read_bytes()
+
+
+def _unpack(content, source):
+    """Return the CSV inside a gzip or zip file, or the content as it is."""
+    try:
+        if content.startswith(b"\x1f\x8b"):
+            return gzip.decompress(content)
+        if content.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                names = [name for name in archive.namelist() if name.lower().endswith(".csv")]
+                if len(names) == 1:
+                    return archive.read(names[0])
+            raise DataError(
+                f"{source} is a zip file with {len(names)} CSV files in it; one is needed. "
+                "Unpack it and give the path of the CSV."
+            )
+    except (zipfile.BadZipFile, OSError, EOFError):
+        raise DataError(f"{source} is a broken archive. Fetch it again.") from None
+    return content
+
+
+def _decode(content, source):
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    if b"\x00" in content:
+        raise DataError(f"{source} is not a CSV file: it holds binary data.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+def _find_delimiter(text, source):
+    """Return the delimiter that cuts the first lines into equally many fields, the most."""
+    lines = text.splitlines()[:20]
+    best, most = None, 1
+    for delimiter in DELIMITERS:
+        rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
+        width = len(rows[0])
+        if width > most and all(len(row) == width for row in rows[:-1]):
+            best, most = delimiter, width
+    if best is None:
+        raise DataError(
+            f"{source} is not a CSV file with a header and at least two columns separated by "
+            "a comma, a semicolon, a tab or '|'."
+        )
+    return best
+
+
+def _clean_header(names, source):
+    names = [name.strip().strip('"').strip() for name in names]
+    twice = sorted({name for name in names if names.count(name) > 1 and name})
+    if twice:
+        raise DataError(
+            f"{source} has more than one column named {', '.join(map(repr, twice))}. "
+            "Rename or remove the repeated ones."
+        )
+    if "" in names[1:]:
+        raise DataError(f"{source} has a column without a name. Give every column a name.")
+    return names
+
+
+def _parse(content, source):
+    """Read the bytes of a CSV as a frame of texts, missing values as NaN."""
+    text = _decode(_unpack(content, source), source)
+    if not text.strip():
+        raise DataError(f"{source} is empty. Give DATA_SOURCE a CSV with a header and rows.")
+    delimiter = _find_delimiter(text, source)
+    names = _clean_header(next(csv.reader(io.StringIO(text), delimiter=delimiter)), source)
+    try:
+        frame = pd.read_csv(
+            io.StringIO(text),
+            sep=delimiter,
+            header=0,
+            names=names,
+            index_col=False,
+            dtype=str,
+            keep_default_na=False,
+            na_values=list(MISSING),
+            skipinitialspace=True,
+        )
+    except (pd.errors.ParserError, ValueError) as error:
+        reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
+        raise DataError(f"{source} is not a well-formed CSV file: {reason}.") from None
+    if frame.empty:
+        raise DataError(f"{source} has a header but no rows.")
+    # A first column without a name is the row counter that spreadsheets and pandas write.
+    frame = frame.drop(columns=[""]) if "" in frame.columns else frame
+    return frame.apply(lambda column: column.str.strip()), delimiter
+
+
+def _to_number(column, delimiter):
+    """Convert texts to numbers; what is no number becomes NaN."""
+    values = pd.to_numeric(column, errors="coerce").astype("float64")
+    if delimiter != "," and values.isna().sum() > column.isna().sum():
+        # Outside English-speaking countries a semicolon goes with a decimal comma.
+        commas = pd.to_numeric(column.str.replace(",", ".", regex=False), errors="coerce")
+        if commas.notna().sum() > values.notna().sum():
+            values = commas.astype("float64")
+    return values
+
+
+def _as_integers(values):
+    whole = values.notna().all() and np.isfinite(values).all() and (values % 1 == 0).all()
+    return values.astype("int64") if whole and values.abs().max() < 2**53 else values
+
+
+def _is_truth_column(column):
+    return column.dropna().str.lower().isin(["true", "false"]).all() and column.notna().all()
+
+
+def _convert_feature(column, categorical, delimiter, source):
+    """Give a feature its type: bool, int64, float64 or text (object).
+
+    Raises
+    ------
+    DataError
+        If the column is empty, infinite, or mostly numbers with some text among them.
+    """
+    known = column.notna()
+    if not known.any():
+        raise DataError(
+            f"Column {column.name!r} of {source} has no value at all. Leave it out with "
+            f"DROP = [{column.name!r}]."
+        )
+    values = _to_number(column, delimiter)
+    wrong = known & values.isna()
+    if not wrong.any():
+        if np.isinf(values).any():
+            raise DataError(f"Column {column.name!r} of {source} has infinite values.")
+        looks_whole = column[known].str.fullmatch(r"[+-]?\d+").all()
+        return _as_integers(values) if looks_whole else values
+    if categorical or wrong.sum() > known.sum() / 2:
+        if _is_truth_column(column):
+            return column.str.lower() == "true"
+        return column.astype(object).where(known, None)
+    examples = ", ".join(f"{column[row]!r} (row {row + 2})" for row in column.index[wrong][:3])
+    raise DataError(
+        f"Column {column.name!r} of {source} is numeric but has text in {wrong.sum()} of "
+        f"{len(column)} rows: {examples}. Correct these rows, leave the column out with DROP, "
+        "or name it in CATEGORICAL."
+    )
+
+
+def _convert_target(column):
+    """Keep labels as they stand in the CSV; whole numbers become int64."""
+    if column.str.fullmatch(r"-?(0|[1-9]\d{0,15})").all():
+        return column.astype("int64")
+    return column.astype(object)
+
+
+def _check_target(column, source):
+    missing = column.isna()
+    if missing.any():
+        rows = ", ".join(str(row + 2) for row in column.index[missing][:5])
+        raise DataError(
+            f"The target column {column.name!r} of {source} has {missing.sum()} missing "
+            f"values (lines {rows}{', …' if missing.sum() > 5 else ''}). Remove these rows or "
+            "fill in their label."
+        )
+    counts = column.value_counts()
+    if len(counts) == 1:
+        raise DataError(
+            f"The target column {column.name!r} of {source} has one class only "
+            f"({counts.index[0]!r}); a classifier needs at least two."
+        )
+    if len(counts) > MAX_CLASSES:
+        raise DataError(
+            f"The target column {column.name!r} of {source} has {len(counts)} different values; "
+            f"at most {MAX_CLASSES} classes are supported. Is it a number to be predicted, or "
+            "an identifier? Choose another TARGET."
+        )
+
+
+def _require_columns(names, frame, parameter, source):
+    for name in names:
+        if name not in frame.columns:
+            close = difflib.get_close_matches(name, frame.columns, n=1, cutoff=0.6)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise DataError(
+                f"{source} has no column {name!r} (parameter {parameter}).{hint} Its columns: "
+                f"{', '.join(frame.columns)}."
+            )
+
+
+def _digest(frame):
+    return hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+
+
+def _default_categorical(frame):
+    if set(STUDENT_CATEGORICAL) <= set(frame.columns):
+        return STUDENT_CATEGORICAL
+    return ()
+
+
+def read_table(content, source, target="Target", categorical=None, drop=None):
+    """Read the bytes of a CSV file.
+
+    The delimiter (comma, semicolon, tab, ``|``), the encoding (UTF-8 with or without BOM,
+    UTF-16, Latin-1), gzip or zip packing and a decimal comma are recognised; blanks and tabs
+    around header names are removed.
+
+    Parameters
+    ----------
+    content : bytes
+        The file.
+    source : str
+        What to call it in messages and logs.
+    target : str
+        Name of the target column.
+    categorical : sequence of str, optional
+        Features whose values are categories. Default: for the students' table its nine code
+        columns, for any other table the text columns.
+    drop : sequence of str, optional
+        Columns to leave out.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    DataError
+        If this is not a table with that target; see the message.
+    """
+    frame, delimiter = _parse(content, source)
+    _require_columns([target], frame, "TARGET", source)
+    _require_columns(drop or [], frame, "DROP", source)
+    _require_columns(categorical or [], frame, "CATEGORICAL", source)
+    frame = frame.drop(columns=[name for name in drop or [] if name != target])
+    _check_target(frame[target], source)
+    named = tuple(categorical) if categorical is not None else _default_categorical(frame)
+    columns = {
+        name: _convert_target(frame[name])
+        if name == target
+        else _convert_feature(frame[name], name in named, delimiter, source)
+        for name in frame.columns
+    }
+    frame = pd.DataFrame(columns)
+    if frame.shape[1] < 2:
+        raise DataError(f"{source} has no column besides the target {target!r}.")
+    text = {name for name in frame.columns if frame[name].dtype == object}
+    chosen = tuple(
+        name for name in frame.columns if name != target and (name in named or name in text)
+    )
+    return Table(frame, target, chosen, source, _digest(frame))
+
+
+def _fetch_uci():
+    return _download(UCI_URL, UCI_TIMEOUT)
+
+
+def _prepared(workspace, target, categorical, drop):
+    """Return the table that notebook 01 prepared before, or None."""
+    if not all((workspace.data / name).is_file() for name in SPLIT_FILES):
+        return None
+    manifest = json.loads((workspace.data / "manifest.json").read_text(encoding="utf-8"))
+    frame = _read_parquet(workspace.data / "table.parquet")
+    _require_columns([target], frame, "TARGET", f"The prepared copy of {manifest['source']}")
+    if target != manifest["target"] or drop:
+        raise DataError(
+            f"The prepared copy was made with TARGET = {manifest['target']!r}. To prepare it "
+            "otherwise, name the CSV in DATA_SOURCE."
+        )
+    chosen = manifest["categorical"]
+    if categorical is not None:
+        _require_columns(categorical, frame, "CATEGORICAL", manifest["source"])
+        text = [name for name in manifest["categorical"] if frame[name].dtype == object]
+        chosen = [
+            name for name in frame.columns if name != target and name in [*categorical, *text]
+        ]
+    return Table(frame, target, tuple(chosen), manifest["source"], manifest["digest"])
+
+
+def load_table(source, workspace, target="Target", categorical=None, drop=None):
+    """Fetch and read the table that `source` names.
+
+    Parameters
+    ----------
+    source : str
+        ``auto``: the copy prepared before in this workspace, else the UCI repository, else the
+        bundled sample with a notice. ``uci``, ``sample``, or a path or URL of any CSV.
+    workspace : Workspace
+        Where a prepared copy may be.
+    target, categorical, drop
+        See `read_table`.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    DataError
+        If the source cannot be read; see the message.
+    """
+    options = {"target": target, "categorical": categorical, "drop": drop}
+    if source == "auto":
+        return _load_auto(workspace, options)
+    if source == "uci":
+        return read_table(_fetch_uci(), "uci", **options)
+    if source == "sample":
+        return read_table(SAMPLE.read_bytes(), "sample", **options)
+    return read_table(_read_bytes(source), source, **options)
+
+
+def _load_auto(workspace, options):
+    prepared = _prepared(workspace, **options)
+    if prepared is not None:
+        notice(f"Using the copy prepared before from {prepared.source} in {workspace.data}.")
+        return prepared
+    try:
+        return read_table(_fetch_uci(), "uci", **options)
+    except DataError as error:
+        notice(
+            f"{error}\nThe notebooks go on with the bundled SYNTHETIC sample: models trained on "
+            "it say so and are for practice only.",
+            level="warning",
+        )
+        return read_table(SAMPLE.read_bytes(), "sample", **options)
+
+
+# --- looking ----------------------------------------------------------------------------------
+
+
+def describe_columns(table):
+    """Describe each column of a table.
+
+    Parameters
+    ----------
+    table : Table
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per column: role, type, missing values, distinct values, smallest, median and
+        largest value, and a remark where a column deserves a look.
+    """
+    rows = []
+    for name, column in table.frame.items():
+        numbers = column.dtype != object
+        role = "target" if name == table.target else "numeric"
+        role = "category" if name in table.categorical else role
+        distinct = column.nunique()
+        remark = "constant" if distinct == 1 else ""
+        if role == "category" and distinct > max(50, len(column) / 2):
+            remark = "almost all values differ: an identifier? (DROP)"
+        rows.append(
+            {
+                "column": name,
+                "role": role,
+                "type": str(column.dtype).replace("object", "text"),
+                "missing": int(column.isna().sum()),
+                "distinct": distinct,
+                "min": column.min() if numbers else "",
+                "median": column.astype(float).median() if numbers else "",
+                "max": column.max() if numbers else "",
+                "remark": remark,
+            }
+        )
+    return pd.DataFrame(rows).set_index("column")
+
+
+def check_table(table):
+    """Summarise the checks of a table.
+
+    Parameters
+    ----------
+    table : Table
+        As read: the checks that make a table unusable have passed by then.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per check, with its finding.
+    """
+    frame = table.frame
+    counts = frame[table.target].value_counts()
+    findings = {
+        "rows": f"{len(frame):,}",
+        "features": f"{len(table.numeric)} numeric, {len(table.categorical)} categorical",
+        "missing values": f"{int(frame.isna().sum().sum()):,}",
+        "duplicate rows": f"{int(frame.duplicated().sum()):,}",
+        "constant columns": ", ".join(frame.columns[frame.nunique() == 1]) or "none",
+        "classes": ", ".join(f"{label}: {count:,}" for label, count in counts.items()),
+        "majority class": f"{counts.max() / len(frame):.1%} of the rows",
+        "source": table.source + (" (SYNTHETIC)" if table.synthetic else ""),
+        "digest": table.digest[:16] + "…",
+    }
+    return pd.DataFrame({"finding": findings}).rename_axis("check")
+
+
+def plot_class_balance(table):
+    """Draw the number of rows of each class.
+
+    Parameters
+    ----------
+    table : Table
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    counts = table.frame[table.target].value_counts()
+    figure, axes = new_figure(width=6, height=0.6 + 0.45 * len(counts))
+    bars = axes.barh([str(label) for label in counts.index], counts, color=COLOURS["info"])
+    axes.bar_label(bars, [f"{n:,} ({n / counts.sum():.0%})" for n in counts], padding=4)
+    axes.set(xlabel="rows", title="Class balance")
+    axes.margins(x=0.18)
+    axes.invert_yaxis()
+    return figure
+
+
+def _most_telling(table, most):
+    """Return the numeric features whose class means differ most, in units of their spread."""
+    features = table.frame[list(table.numeric)].astype(float)
+    means = features.groupby(table.frame[table.target]).mean()
+    spread = features.std().replace(0, np.nan)
+    order = ((means.max() - means.min()) / spread).fillna(0).sort_values(ascending=False)
+    return list(order.index[:most])
+
+
+def plot_numeric_by_class(table, most=12):
+    """Draw box plots of numeric features by class.
+
+    Parameters
+    ----------
+    table : Table
+    most : int
+        At most so many features, those whose class means differ most.
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+        None if the table has no numeric feature.
+    """
+    names = _most_telling(table, most)
+    if not names:
+        return None
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = new_figure(
+        rows, columns, width=2.9 * columns, height=0.6 + 2.1 * rows, squeeze=False
+    )
+    groups = list(table.frame.groupby(table.target))
+    for axis, name in zip(axes.flat, names, strict=False):
+        values = [group[name].dropna().astype(float) for _, group in groups]
+        axis.boxplot(values, widths=0.6, flierprops={"markersize": 2})
+        axis.set_xticks(range(1, len(groups) + 1), [str(label) for label, _ in groups])
+        axis.set_title(name if len(name) < 34 else name[:32] + "…", fontsize=8)
+        axis.tick_params(labelsize=7, axis="both")
+        if len(groups) > 4:
+            axis.tick_params(axis="x", rotation=90)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.suptitle("Numeric features by class, the most telling first")
+    return figure
+
+
+def plot_correlations(table):
+    """Draw the correlation matrix of the numeric features (Spearman's rank correlation).
+
+    Parameters
+    ----------
+    table : Table
+
+    Returns
+    -------
+    matplotlib.figure.Figure or None
+        None if the table has fewer than two numeric features.
+    """
+    if len(table.numeric) < 2:
+        return None
+    matrix = table.frame[list(table.numeric)].astype(float).corr(method="spearman")
+    side = 3 + 0.22 * len(matrix)
+    figure, axes = new_figure(width=side + 1, height=side)
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes.set_xticks(range(len(matrix)), matrix.columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(matrix)), matrix.columns, fontsize=7)
+    axes.set_title("Correlation of the numeric features (Spearman)")
+    figure.colorbar(image, ax=axes, shrink=0.7)
+    return figure
+
+
+# --- splitting and saving ---------------------------------------------------------------------
+
+
+def split_table(table, test_size=0.3, seed=0):
+    """Split a table into training and test rows, stratified by class.
+
+    Parameters
+    ----------
+    table : Table
+    test_size : float
+        Share of test rows.
+    seed : int
+        The same seed gives the same rows.
+
+    Returns
+    -------
+    Split
+
+    Raises
+    ------
+    DataError
+        If a class has too few rows to stand in both parts and in every fold of the training
+        rows.
+    """
+    from sklearn.model_selection import train_test_split
+
+    y = table.frame[table.target]
+    counts = y.value_counts()
+    needed = int(np.ceil(max((MIN_TRAIN_ROWS + 0.5) / (1 - test_size), 1.5 / test_size)))
+    few = counts[counts < needed]
+    if len(few):
+        listed = ", ".join(f"{label!r} ({count})" for label, count in few.items())
+        raise DataError(
+            f"Too few rows to split by class: {listed}; each class of {table.target!r} needs at "
+            f"least {needed} rows with TEST_SIZE = {test_size:g}. Collect more, or merge or "
+            "remove the class."
+        )
+    X = table.frame.drop(columns=table.target)
+    X_train, X_test, y_train, y_test = train_test_split(
+        X, y, test_size=test_size, stratify=y, random_state=seed
+    )
+    manifest = {
+        "source": table.source,
+        "synthetic": table.synthetic,
+        "digest": table.digest,
+        "rows": len(table.frame),
+        "train_rows": len(X_train),
+        "test_rows": len(X_test),
+        "target": table.target,
+        "columns": {name: str(dtype) for name, dtype in X.dtypes.items()},
+        "categorical": list(table.categorical),
+        "numeric": list(table.numeric),
+        "classes": sorted(y.unique().tolist()),
+        "class_counts": {str(label): int(count) for label, count in counts.sort_index().items()},
+        "test_size": test_size,
+        "seed": seed,
+    }
+    manifest["split_digest"] = hashlib.sha256(
+        json.dumps([table.digest, test_size, seed, X_test.index.tolist()]).encode()
+    ).hexdigest()
+    return Split(X_train, X_test, y_train, y_test, manifest, table.frame)
+
+
+def _write_parquet(frame, path):
+    frame.to_parquet(path)
+
+
+def _read_parquet(path):
+    frame = pd.read_parquet(path)
+    for name in frame.columns:
+        # pandas 3 reads text back as its own string type; models see plain Python texts.
+        if pd.api.types.is_string_dtype(frame[name].dtype):
+            column = frame[name].astype(object)
+            frame[name] = column.where(column.notna(), None)
+    return frame
+
+
+def _keep_previous(workspace):
+    """Move a split that is about to be replaced to ``data/previous/<its digest>``."""
+    manifest_path = workspace.data / "manifest.json"
+    if not manifest_path.is_file():
+        return None
+    digest = json.loads(manifest_path.read_text(encoding="utf-8"))["split_digest"]
+    folder = workspace.data / "previous" / digest[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SPLIT_FILES:
+        if (workspace.data / name).is_file():
+            shutil.copy2(workspace.data / name, folder / name)
+    return folder
+
+
+def save_split(split, workspace):
+    """Save a split in the workspace: ``data/*.parquet`` and ``data/manifest.json``.
+
+    A split that is there already is left as it is when it is the same, and moved to
+    ``data/previous/`` when it is another.
+
+    Parameters
+    ----------
+    split : Split
+        As made by `split_table`.
+    workspace : Workspace
+
+    Returns
+    -------
+    pathlib.Path
+        The manifest.
+    """
+    folder, target = workspace.data, split.manifest["target"]
+    manifest_path = folder / "manifest.json"
+    text = json.dumps(split.manifest, indent=2, ensure_ascii=False) + "\n"
+    complete = all((folder / name).is_file() for name in SPLIT_FILES)
+    if complete and manifest_path.read_text(encoding="utf-8") == text:
+        return manifest_path
+    _keep_previous(workspace)
+    parts = {
+        "table.parquet": split.table,
+        "train.parquet": split.X_train.assign(**{target: split.y_train}),
+        "test.parquet": split.X_test.assign(**{target: split.y_test}),
+    }
+    staging = folder / f".staging.{os.getpid()}"
+    staging.mkdir(exist_ok=True)
+    try:
+        for name, frame in parts.items():
+            _write_parquet(frame, staging / name)
+        (staging / "manifest.json").write_text(text, encoding="utf-8")
+        # The manifest goes first and comes back last: without it there is no split to read.
+        manifest_path.unlink(missing_ok=True)
+        for name in SPLIT_FILES:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest_path
+
+
+def load_split(workspace):
+    """Load the split that notebook 01 saved.
+
+    Parameters
+    ----------
+    workspace : Workspace
+
+    Returns
+    -------
+    Split
+
+    Raises
+    ------
+    MissingStepError
+        If there is none yet.
+    """
+    if not all((workspace.data / name).is_file() for name in SPLIT_FILES):
+        raise MissingStepError(
+            f"There is no prepared data in {workspace.data}. Run notebook 01_data_preparation "
+            "first (with the same WORKSPACE)."
+        )
+    manifest = json.loads((workspace.data / "manifest.json").read_text(encoding="utf-8"))
+    train, test = (
+        _read_parquet(workspace.data / name) for name in ("train.parquet", "test.parquet")
+    )
+    target = manifest["target"]
+    return Split(
+        train.drop(columns=target),
+        test.drop(columns=target),
+        train[target],
+        test[target],
+        manifest,
+    )
+
+
+def data_fingerprint(workspace):
+    """Return a digest of the prepared files, for telling whether they changed."""
+    return file_digest(*(workspace.data / name for name in SPLIT_FILES))

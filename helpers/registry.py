@@ -1,0 +1,823 @@
+"""Notebook 04: register, check, promote, roll back, and the history of it all.
+
+Production is the alias ``production`` (what clients load) together with the stage
+``Production`` (what the classic UI shows). Every promotion and rollback is a run of the
+experiment ``promotions``, so the history is in MLflow itself and nothing in it is overwritten.
+"""
+
+import pickle
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+
+from helpers import tracking
+from helpers.display import COLOURS, notice
+from helpers.evaluation import compute_metrics
+from helpers.workspace import MissingStepError, ProjectError, is_interactive
+
+ALIAS = "production"
+STAGE = "Production"
+HISTORY = "promotions"
+REPRODUCED = 1e-4  # largest difference between a logged metric and the same one recomputed
+SUM_TOLERANCE = 1e-6  # how far the probabilities of a row may be from summing to 1
+LOAD_ERRORS = (
+    MlflowException,
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+
+# Registered model: (experiment, run, notebook that makes it)
+MODELS = {
+    "model_conv_network": ("conv_network", "default_logistic", "02_cnn_training"),
+    "model_svm_rbf": ("svc_model", "svm", "03_svm_grid_search"),
+}
+
+
+class RegistryError(ProjectError):
+    """The registry cannot do what was asked."""
+
+
+class PromotionRefusedError(ProjectError):
+    """A candidate failed a check and was not promoted."""
+
+
+class CheckFailedError(Exception):
+    """A check of a candidate failed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The promotion rule.
+
+    Attributes
+    ----------
+    min_gain : float
+        Accuracy that a candidate must have above the majority class.
+    max_loss : float
+        Macro F1 that it may be below the version in Production. Above 0, because the same
+        training on another machine differs by a few rows.
+    allow_replace : bool
+        Promote even where Production was trained on another kind of table.
+    """
+
+    min_gain: float = 0.02
+    max_loss: float = 0.01
+    allow_replace: bool = False
+
+
+# --- what is there ----------------------------------------------------------------------------
+
+
+def production_version(name):
+    """Return the version of a registered model that is in Production, or None.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    mlflow.entities.model_registry.ModelVersion or None
+        By alias; where nobody set the alias (a promotion by hand in the UI), by stage.
+    """
+    client = mlflow.MlflowClient()
+    try:
+        return client.get_model_version_by_alias(name, ALIAS)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+    staged = [v for v in _versions(name) if v.current_stage == STAGE]
+    return staged[0] if staged else None
+
+
+def _versions(name):
+    """Return all versions of a model, the newest first."""
+    found = mlflow.MlflowClient().search_model_versions(f"name = '{name}'")
+    return sorted(found, key=lambda version: -int(version.version))
+
+
+def load_production(name):
+    """Load the model in Production as any client would.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    mlflow.pyfunc.PyFuncModel
+    """
+    return mlflow.pyfunc.load_model(f"models:/{name}@{ALIAS}")
+
+
+# --- candidates -------------------------------------------------------------------------------
+
+
+@dataclass
+class Candidate:
+    """A trained model on its way to Production.
+
+    Attributes
+    ----------
+    name : str
+        Of the registered model.
+    run : mlflow.entities.Run
+        That logged it.
+    split : helpers.data.Split
+        Training and test rows that the run used.
+    """
+
+    name: str
+    run: mlflow.entities.Run
+    split: object = field(repr=False)
+
+    @property
+    def model_uri(self):
+        """URI of the logged model."""
+        return f"runs:/{self.run.info.run_id}/model"
+
+    @property
+    def metrics(self):
+        """Metrics that the run logged on the test rows."""
+        return self.run.data.metrics
+
+    @cached_property
+    def model(self):
+        """The model, loaded back from the server as a client would."""
+        return mlflow.pyfunc.load_model(self.model_uri)
+
+    @cached_property
+    def answer(self):
+        """Its answer to the test rows."""
+        return self.model.predict(self.split.X_test)
+
+    @cached_property
+    def champion(self):
+        """What is in Production under its name, or None."""
+        return Champion.find(self.name, self.split)
+
+
+@dataclass
+class Champion:
+    """The version in Production that a candidate must not fall behind.
+
+    Attributes
+    ----------
+    version : mlflow.entities.model_registry.ModelVersion
+    run : mlflow.entities.Run
+        That logged it.
+    split : helpers.data.Split
+        Of the candidate.
+    """
+
+    version: object
+    run: mlflow.entities.Run
+    split: object = field(repr=False)
+
+    @classmethod
+    def find(cls, name, split):
+        """Return the champion of a name, or None."""
+        version = production_version(name)
+        if version is None:
+            return None
+        return cls(version, mlflow.MlflowClient().get_run(version.run_id), split)
+
+    @cached_property
+    def model(self):
+        """The model, loaded as a client would."""
+        return mlflow.pyfunc.load_model(f"models:/{self.version.name}/{self.version.version}")
+
+    @property
+    def same_columns(self):
+        """Whether it takes the candidate's columns and gives the same labels."""
+        known = self.model.metadata.metadata or {}
+        return known.get("columns") == tracking.column_kinds(self.split.X_train) and known.get(
+            "labels"
+        ) == [str(label) for label in self.split.labels]
+
+    @cached_property
+    def evaluation(self):
+        """Its metrics and where they are from, a pair ``(metrics, basis)``.
+
+        On the candidate's test rows, unless it was trained on some of them: with the same
+        table but another split, its own logged metrics are the fair ones.
+        """
+        manifest, tags = self.split.manifest, self.run.data.tags
+        same_table = tags.get("data_digest") == manifest["digest"]
+        if same_table and tags.get("split_digest") != manifest["split_digest"]:
+            return self.run.data.metrics, "its own test rows (it has seen some of these)"
+        answer = self.model.predict(self.split.X_test)
+        return compute_metrics(self.split.y_test, answer, self.split.labels), "the same test rows"
+
+
+def find_candidates(split, names=tuple(MODELS)):
+    """Find the newest finished run of each model on the prepared split.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    names : sequence of str
+        Keys of `MODELS`.
+
+    Returns
+    -------
+    dict of str to Candidate
+
+    Raises
+    ------
+    MissingStepError
+        If a model was not trained on this split yet; names the notebook to run.
+    """
+    candidates, missing = {}, []
+    for name in names:
+        experiment, run_name, notebook = MODELS[name]
+        run = tracking.latest_run(experiment, run_name, split.manifest["split_digest"])
+        if run is None:
+            missing.append(f"{notebook} (for {name})")
+        else:
+            candidates[name] = Candidate(name, run, split)
+    if missing:
+        raise MissingStepError(
+            f"Not trained yet on the prepared data: run notebook {' and '.join(missing)} first."
+        )
+    return candidates
+
+
+def comparison(candidates, baseline):
+    """Gather the metrics of candidates, of what is in Production, and of the baseline.
+
+    Parameters
+    ----------
+    candidates : dict of str to Candidate
+    baseline : dict of str to float
+
+    Returns
+    -------
+    dict of str to dict
+        For `helpers.evaluation.metrics_table`. A version in Production that takes other
+        columns is left out: it cannot be measured on these rows.
+    """
+    metrics = {}
+    for name, candidate in candidates.items():
+        metrics[name] = candidate.metrics
+        champion = candidate.champion
+        if champion is not None and champion.same_columns:
+            title = f"{name} in Production (version {champion.version.version})"
+            metrics[title] = champion.evaluation[0]
+    return {**metrics, "majority class": baseline}
+
+
+# --- checks -----------------------------------------------------------------------------------
+
+
+def _check_loads(candidate, baseline, rules):
+    try:
+        answer = candidate.answer
+    except LOAD_ERRORS as error:
+        raise CheckFailedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    return f"answers {len(answer):,} test rows"
+
+
+def _require(condition, complaint):
+    if not condition:
+        raise CheckFailedError(complaint)
+
+
+def _probabilities(answer, labels):
+    return answer[[f"probability_{label}" for label in labels]].to_numpy()
+
+
+def _check_interface(candidate, baseline, rules):
+    labels, answer = candidate.split.labels, candidate.answer
+    wanted = ["prediction", *(f"probability_{label}" for label in labels)]
+    _require(list(answer.columns) == wanted, f"answers {list(answer.columns)}, not {wanted}")
+    _require(set(answer["prediction"]) <= set(labels), "predicts labels that are not in the CSV")
+    sums = _probabilities(answer, labels).sum(axis=1)
+    _require(np.abs(sums - 1).max() < SUM_TOLERANCE, "probabilities do not sum to 1")
+    return "prediction and one probability per class"
+
+
+def _check_schema(candidate, baseline, rules):
+    wanted = list(candidate.split.X_test.columns)
+    inputs = candidate.model.metadata.get_input_schema()
+    _require(inputs is not None, "the model has no signature")
+    _require(inputs.input_names() == wanted, "its signature has other columns than the data")
+    few = candidate.split.X_test.head(20)
+    expected = _probabilities(candidate.answer.head(20), candidate.split.labels)
+    numbers = list(few.select_dtypes("int64"))
+    changed = few[few.columns[::-1]].astype(dict.fromkeys(numbers, "float64"))
+    again = _probabilities(candidate.model.predict(changed), candidate.split.labels)
+    _require(np.allclose(again, expected, atol=1e-5), "answers change with the column order")
+    try:
+        candidate.model.predict(few.drop(columns=wanted[0]))
+    except MlflowException:
+        return f"{len(wanted)} columns in any order, integers or floats"
+    raise CheckFailedError(f"answers although column {wanted[0]!r} is missing")
+
+
+def _check_unseen_category(candidate, baseline, rules):
+    few = candidate.split.X_test.head(5).copy()
+    for name in candidate.split.categorical:
+        few[name] = "never seen" if few[name].dtype == object else few[name].max() + 10_000
+    try:
+        answer = candidate.model.predict(few)
+    except LOAD_ERRORS as error:
+        raise CheckFailedError(f"an unseen category fails: {error}") from error
+    _require(answer.notna().all(axis=None), "an unseen category gives no probability")
+    return "answered"
+
+
+def _check_reproduced(candidate, baseline, rules):
+    recomputed = compute_metrics(candidate.split.y_test, candidate.answer, candidate.split.labels)
+    logged = candidate.metrics
+    missing = sorted(set(recomputed) - set(logged))
+    _require(not missing, f"not logged: {', '.join(missing)}")
+    worst = max(recomputed, key=lambda name: abs(recomputed[name] - logged[name]))
+    gap = abs(recomputed[worst] - logged[worst])
+    _require(
+        gap <= REPRODUCED,
+        f"{worst} is {recomputed[worst]:.4f} when loaded back, but {logged[worst]:.4f} was logged",
+    )
+    return f"{len(recomputed)} metrics, largest difference {gap:.1e}"
+
+
+def _check_baseline(candidate, baseline, rules):
+    accuracy, floor = candidate.metrics["accuracy"], baseline["accuracy"] + rules.min_gain
+    _require(
+        accuracy >= floor,
+        f"accuracy {accuracy:.4f} is below {floor:.4f} (majority class + MIN_GAIN)",
+    )
+    return f"accuracy {accuracy:.4f}, majority class {baseline['accuracy']:.4f}"
+
+
+def _check_replaceable(candidate, baseline, rules):
+    champion = candidate.champion
+    if champion is None:
+        return "nothing in Production yet"
+    if rules.allow_replace:
+        return "ALLOW_REPLACE is set"
+    _require(
+        champion.same_columns,
+        f"version {champion.version.version} in Production takes other columns or gives other "
+        "labels; its clients would break. Use another WORKSPACE, or set ALLOW_REPLACE",
+    )
+    synthetic = candidate.split.manifest["synthetic"]
+    _require(
+        not synthetic or champion.run.data.tags.get("synthetic_data") == "true",
+        f"version {champion.version.version} in Production was trained on real data, the "
+        "candidate on the synthetic sample. Set ALLOW_REPLACE if that is meant",
+    )
+    return f"same columns and labels as version {champion.version.version}"
+
+
+def _check_champion(candidate, baseline, rules):
+    champion = candidate.champion
+    if champion is None:
+        return "nothing in Production yet"
+    if not champion.same_columns:
+        _require(rules.allow_replace, "cannot be compared with the version in Production")
+        return "not comparable; ALLOW_REPLACE is set"
+    metrics, basis = champion.evaluation
+    score, floor = candidate.metrics["f1_macro"], metrics["f1_macro"] - rules.max_loss
+    _require(
+        score >= floor,
+        f"macro F1 {score:.4f} is below {floor:.4f} (version {champion.version.version} on "
+        f"{basis}, less MAX_LOSS)",
+    )
+    return (
+        f"macro F1 {score:.4f}, version {champion.version.version} {metrics['f1_macro']:.4f} "
+        f"on {basis}"
+    )
+
+
+# The promotion rule, in order. A check takes the candidate, the baseline's metrics and the
+# rules, returns its finding, and raises CheckFailedError where the candidate must not be promoted.
+CHECKS = {
+    "loads back and answers": _check_loads,
+    "interface": _check_interface,
+    "schema": _check_schema,
+    "unseen category": _check_unseen_category,
+    "metrics reproduced": _check_reproduced,
+    "better than the majority class": _check_baseline,
+    "may replace Production": _check_replaceable,
+    "not worse than Production": _check_champion,
+}
+
+
+def check_candidate(candidate, baseline, rules=None):
+    """Run every check on a candidate.
+
+    Parameters
+    ----------
+    candidate : Candidate
+    baseline : dict of str to float
+        Metrics of the majority class.
+    rules : Rules, optional
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``check``; columns ``passed`` (bool) and ``finding``. After a model that does not
+        load the other checks are left out.
+    """
+    rows = {}
+    for title, check in CHECKS.items():
+        try:
+            rows[title] = (True, check(candidate, baseline, rules or Rules()))
+        except CheckFailedError as failure:
+            rows[title] = (False, str(failure))
+            if check is _check_loads:
+                break
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["passed", "finding"])
+    return table.rename_axis("check")
+
+
+def check_candidates(candidates, baseline, rules=None):
+    """Run every check on every candidate.
+
+    Parameters
+    ----------
+    candidates : dict of str to Candidate
+    baseline : dict of str to float
+    rules : Rules, optional
+
+    Returns
+    -------
+    pandas.DataFrame
+        As from `check_candidate`, with the model's name as first level of the index.
+    """
+    tables = {name: check_candidate(c, baseline, rules) for name, c in candidates.items()}
+    return pd.concat(tables, names=["model"])
+
+
+def colour_checks(row):
+    """Colour a row of the table of checks: green where passed, red where failed."""
+    colour = COLOURS["good" if row["passed"] else "bad"]
+    return [f"color: {colour}"] * len(row)
+
+
+# --- registering and promoting ----------------------------------------------------------------
+
+
+@contextmanager
+def _stages_are_deprecated():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _describe(candidate):
+    manifest = candidate.split.manifest
+    text = (
+        f"Trained on {manifest['train_rows']:,} rows of {manifest['source']}; accuracy "
+        f"{candidate.metrics['accuracy']:.4f}, macro F1 {candidate.metrics['f1_macro']:.4f} on "
+        f"{manifest['test_rows']:,} test rows."
+    )
+    if manifest["synthetic"]:
+        text = "Trained on the SYNTHETIC sample; for practice only. " + text
+    return text
+
+
+def register(candidate, checks):
+    """Register a candidate as a new version; the same run is never registered twice.
+
+    Parameters
+    ----------
+    candidate : Candidate
+    checks : pandas.DataFrame
+        From `check_candidate`; the outcome becomes a tag of the version.
+
+    Returns
+    -------
+    mlflow.entities.model_registry.ModelVersion
+    """
+    client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
+    known = [v for v in _versions(candidate.name) if v.run_id == run_id]
+    version = known[0] if known else _create_version(candidate)
+    failed = ", ".join(checks.index[~checks["passed"]])
+    tags = {
+        **tracking.data_tags(candidate.split.manifest),
+        "checks": f"failed: {failed}" if failed else "passed",
+    }
+    for key, value in tags.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(candidate.name, version.version, key, value)
+    if version.description != _describe(candidate):
+        client.update_model_version(candidate.name, version.version, _describe(candidate))
+    return client.get_model_version(candidate.name, version.version)
+
+
+def _create_version(candidate):
+    client = mlflow.MlflowClient()
+    try:
+        client.create_registered_model(candidate.name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    # By way of the model's id: the version then links to the logged model and to the run.
+    model_id = candidate.model.metadata.model_id
+    return client.create_model_version(
+        candidate.name, f"models:/{model_id}", candidate.run.info.run_id, model_id=model_id
+    )
+
+
+def _set_stage(name, version):
+    """Move a version to the stage; tell whether the server still has stages."""
+    try:
+        with _stages_are_deprecated():
+            mlflow.MlflowClient().transition_model_version_stage(
+                name, version, STAGE, archive_existing_versions=True
+            )
+    except MlflowException as error:
+        gone = error.error_code in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "METHOD_NOT_ALLOWED")
+        if not (gone or "unsupported" in str(error).lower()):
+            raise
+        return False
+    return True
+
+
+def _move_to_production(action, name, to_version, reason, by):
+    """Put a version in Production and record it as a run of the history."""
+    client = mlflow.MlflowClient()
+    current = production_version(name)
+    from_version = current.version if current else None
+    params = {
+        "action": action,
+        "model": name,
+        "from_version": from_version or "none",
+        "to_version": to_version,
+    }
+    title = f"{name}: version {from_version or '–'} → {to_version}"
+    with tracking.start_run(HISTORY, title, tags={"reason": reason, "by": by}):
+        mlflow.log_params(params)
+        mlflow.log_metrics(_version_metrics(name, to_version, "to"))
+        if from_version:
+            mlflow.log_metrics(_version_metrics(name, from_version, "from"))
+        client.set_registered_model_alias(name, ALIAS, to_version)
+        mlflow.set_tag("stage_set", str(_set_stage(name, to_version)).lower())
+    return client.get_model_version(name, to_version)
+
+
+def _version_metrics(name, version, prefix):
+    client = mlflow.MlflowClient()
+    metrics = client.get_run(client.get_model_version(name, version).run_id).data.metrics
+    chosen = ("accuracy", "f1_macro", "log_loss")
+    return {f"{prefix}_{key}": metrics[key] for key in chosen if key in metrics}
+
+
+def promote(name, version, reason, by=None):
+    """Put a version in Production: alias and stage; archive what was there; record it.
+
+    Parameters
+    ----------
+    name : str
+        Of the registered model.
+    version : str or int
+    reason : str
+        For the history.
+    by : str, optional
+        Who promotes; default: the MLflow or system user.
+
+    Returns
+    -------
+    mlflow.entities.model_registry.ModelVersion
+        Unchanged, and nothing recorded, if it is in Production already.
+
+    Raises
+    ------
+    RegistryError
+        If there is no such version.
+    """
+    version = str(version)
+    _require_version(name, version)
+    current = production_version(name)
+    if current and current.version == version and _is_complete(current):
+        return current
+    return _move_to_production("promote", name, version, reason, tracking.user_name(by))
+
+
+def _is_complete(version):
+    """Tell whether a version has both the alias and the stage."""
+    return ALIAS in version.aliases and version.current_stage in (STAGE, None)
+
+
+def _require_version(name, version):
+    if version not in [known.version for known in _versions(name)]:
+        raise RegistryError(
+            f"The registered model {name!r} has no version {version}. Versions: "
+            f"{', '.join(known.version for known in _versions(name)) or 'none'}."
+        )
+
+
+def rollback(name, reason, by=None):
+    """Put the previous version back in Production, in one call.
+
+    Called again, it goes one version further back: each promotion is undone once.
+
+    Parameters
+    ----------
+    name : str
+        Of the registered model.
+    reason : str
+        For the history.
+    by : str, optional
+        Who rolls back; default: the MLflow or system user.
+
+    Returns
+    -------
+    mlflow.entities.model_registry.ModelVersion
+        The version that is in Production now.
+
+    Raises
+    ------
+    RegistryError
+        If there is nothing to go back to.
+    """
+    line = _production_line(name)
+    if len(line) < 2:
+        raise RegistryError(f"{name!r} has no earlier version in Production to go back to.")
+    _require_version(name, line[-2])
+    return _move_to_production("rollback", name, line[-2], reason, tracking.user_name(by))
+
+
+def _production_line(name):
+    """Return the versions that were promoted on top of each other, the current one last."""
+    line = []
+    for event in history(name).sort_values("when").itertuples():
+        if event.result != "FINISHED":
+            continue
+        if event.action == "rollback":
+            while line and line[-1] != event.to_version:
+                line.pop()
+        elif event.from_version and (not line or line[-1] != event.from_version):
+            # Somebody moved versions by hand in between.
+            line.append(event.from_version)
+        if not line or line[-1] != event.to_version:
+            line.append(event.to_version)
+    return line
+
+
+def history(name=None):
+    """List promotions and rollbacks, the newest first.
+
+    Parameters
+    ----------
+    name : str, optional
+        Only those of one registered model.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Columns ``when`` (UTC), ``model``, ``action``, ``from_version`` (None at first),
+        ``to_version``, ``by``, ``reason``, ``accuracy``, ``f1_macro`` (of the version promoted),
+        ``f1_macro_before`` and ``result`` (``FINISHED``, or what an interrupt left).
+    """
+    experiment = mlflow.MlflowClient().get_experiment_by_name(HISTORY)
+    runs = []
+    if experiment is not None:
+        query = f"params.model = '{name}'" if name else ""
+        runs = mlflow.search_runs([experiment.experiment_id], query, output_format="list")
+    return pd.DataFrame([_event(run) for run in runs], columns=EVENT).sort_values(
+        "when", ascending=False, kind="stable", ignore_index=True
+    )
+
+
+EVENT = (
+    "when",
+    "model",
+    "action",
+    "from_version",
+    "to_version",
+    "by",
+    "reason",
+    "accuracy",
+    "f1_macro",
+    "f1_macro_before",
+    "result",
+)
+
+
+def _event(run):
+    params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
+    before = params.get("from_version")
+    return (
+        pd.to_datetime(run.info.start_time, unit="ms", utc=True),
+        params.get("model"),
+        params.get("action"),
+        None if before == "none" else before,
+        params.get("to_version"),
+        tags.get("by"),
+        tags.get("reason"),
+        metrics.get("to_accuracy"),
+        metrics.get("to_f1_macro"),
+        metrics.get("from_f1_macro"),
+        run.info.status,
+    )
+
+
+def promote_candidates(candidates, checks, reason="passed all checks", by=None):
+    """Register every candidate and promote those that passed every check.
+
+    Parameters
+    ----------
+    candidates : dict of str to Candidate
+    checks : pandas.DataFrame
+        From `check_candidates`.
+    reason : str
+        For the history.
+    by : str, optional
+        Who promotes.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``model``; columns ``version``, ``decision`` and ``why``.
+    """
+    decisions = {}
+    for name, candidate in candidates.items():
+        table = checks.loc[name]
+        failed = table[~table["passed"]]
+        if "loads back and answers" in failed.index:
+            decisions[name] = (None, "refused", failed["finding"].iloc[0])
+            continue
+        version = register(candidate, table)
+        if len(failed):
+            why = "; ".join(f"{title}: {finding}" for title, finding in failed["finding"].items())
+            decisions[name] = (version.version, "refused", why)
+        else:
+            before = production_version(name)
+            promote(name, version.version, reason, by)
+            same = before is not None and before.version == version.version
+            decisions[name] = (version.version, "in Production", "already" if same else reason)
+    table = pd.DataFrame.from_dict(
+        decisions, orient="index", columns=["version", "decision", "why"]
+    )
+    return table.rename_axis("model")
+
+
+def require_promoted(decisions):
+    """Say why candidates were refused; in a batch run, fail.
+
+    Parameters
+    ----------
+    decisions : pandas.DataFrame
+        From `promote_candidates`.
+
+    Raises
+    ------
+    PromotionRefusedError
+        In a batch run, if a candidate was refused.
+    """
+    refused = decisions[decisions["decision"] == "refused"]
+    if refused.empty:
+        notice("Every candidate passed and is in Production.", level="good")
+        return
+    message = "Not promoted: " + " | ".join(
+        f"{row.Index}: {row.why}" for row in refused.itertuples()
+    )
+    if not is_interactive():
+        raise PromotionRefusedError(message)
+    notice(message, level="bad")
+
+
+def models_table():
+    """Show the registered models like the UI's Models page.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per version, the newest first: name, version, stage, aliases, accuracy, macro
+        F1, what it was trained on, checks, and when it was made (UTC).
+    """
+    client, rows = mlflow.MlflowClient(), []
+    for name in MODELS:
+        for version in _versions(name):
+            metrics = client.get_run(version.run_id).data.metrics if version.run_id else {}
+            # A search leaves the aliases out.
+            aliases = client.get_model_version(name, version.version).aliases
+            rows.append(
+                {
+                    "name": name,
+                    "version": version.version,
+                    "stage": version.current_stage,
+                    "aliases": ", ".join(f"@{alias}" for alias in aliases),
+                    "accuracy": metrics.get("accuracy"),
+                    "f1_macro": metrics.get("f1_macro"),
+                    "data": version.tags.get("data_source"),
+                    "checks": version.tags.get("checks"),
+                    "created": pd.to_datetime(version.creation_timestamp, unit="ms", utc=True),
+                }
+            )
+    return pd.DataFrame(rows).set_index(["name", "version"]) if rows else pd.DataFrame()

@@ -1,0 +1,535 @@
+"""Run the series of notebooks headlessly with papermill.
+
+``python -m helpers.run [--workspace DIR] [--data SOURCE] [-p NAME VALUE]... [--only 02,03]
+[--resume]``: executes the notebooks, those that do not need each other side by side, writes
+them to ``WORKSPACE/executed/`` and ends with a table of what was trained and what is in
+Production. Exit code 0, or 1 with the notebook, the cell and the error.
+"""
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from helpers import server
+from helpers.workspace import (
+    PROJECT_ROOT,
+    SETTINGS,
+    ParameterError,
+    ProjectError,
+    atomic_path,
+    check_parameters,
+    file_digest,
+    open_workspace,
+)
+
+NOTEBOOKS = PROJECT_ROOT / "notebooks"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of the series.
+
+    Attributes
+    ----------
+    name : str
+        File name without its ending.
+    needs : tuple of str
+        Numbers of the steps that must be done before.
+    """
+
+    name: str
+    needs: tuple = ()
+
+    @property
+    def path(self):
+        """The notebook."""
+        return NOTEBOOKS / f"{self.name}.ipynb"
+
+
+STEPS = {
+    "01": Step("01_data_preparation"),
+    "02": Step("02_cnn_training", ("01",)),
+    "03": Step("03_svm_grid_search", ("01",)),
+    "04": Step("04_registry_promotion", ("02", "03")),
+}
+
+
+class NotebookFailedError(ProjectError):
+    """A notebook of the series ended with an error."""
+
+
+# --- parameters -------------------------------------------------------------------------------
+
+
+def read_value(text):
+    """Read a value of the command line: JSON, True, False, None, or else a text.
+
+    Parameters
+    ----------
+    text : str
+
+    Returns
+    -------
+    object
+    """
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def declared_parameters(step):
+    """Return the names in a notebook's ``parameters`` cell.
+
+    Parameters
+    ----------
+    step : Step
+
+    Returns
+    -------
+    set of str
+    """
+    cells = json.loads(step.path.read_text(encoding="utf-8"))["cells"]
+    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    lines = "".join(tagged[0]["source"]).splitlines()
+    return {line.split("=")[0].strip() for line in lines if "=" in line.split("#")[0]}
+
+
+def distribute(parameters, steps):
+    """Give each notebook those parameters that it declares.
+
+    Parameters
+    ----------
+    parameters : dict
+    steps : dict of str to Step
+
+    Returns
+    -------
+    dict of str to dict
+        Parameters by number of the step.
+
+    Raises
+    ------
+    ParameterError
+        If no notebook has a parameter of that name, or its value cannot be used.
+    """
+    declared = {number: declared_parameters(step) for number, step in steps.items()}
+    every = set().union(*declared.values())
+    for name in parameters:
+        if name not in every:
+            close = difflib.get_close_matches(name.upper(), every, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ParameterError(
+                f"No notebook that runs has a parameter {name}.{hint} There are: "
+                f"{', '.join(sorted(every))}."
+            )
+    check_parameters(**{name: value for name, value in parameters.items() if name in SETTINGS})
+    return {
+        number: {name: value for name, value in parameters.items() if name in names}
+        for number, names in declared.items()
+    }
+
+
+# --- what is done already ---------------------------------------------------------------------
+
+
+def _source_of_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return json.dumps([(cell["cell_type"], "".join(cell["source"])) for cell in cells])
+
+
+def fingerprints(parameters):
+    """Digest what each step depends on: notebook, helpers, parameters, data, earlier steps.
+
+    Parameters
+    ----------
+    parameters : dict of str to dict
+        From `distribute`, for all steps.
+
+    Returns
+    -------
+    dict of str to str
+    """
+    helpers = file_digest(*sorted(Path(__file__).parent.glob("*.py")))
+    digests = {}
+    for number, step in STEPS.items():
+        own = parameters.get(number, {})
+        parts = [_source_of_cells(step.path), helpers, json.dumps(own, sort_keys=True)]
+        source = str(own.get("DATA_SOURCE", ""))
+        if source and Path(source).is_file():
+            parts.append(file_digest(source))
+        parts += [digests[need] for need in step.needs]
+        digests[number] = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return digests
+
+
+class Record:
+    """Which steps are done, kept in ``WORKSPACE/executed/state.json``.
+
+    Parameters
+    ----------
+    workspace : helpers.workspace.Workspace
+    """
+
+    def __init__(self, workspace):
+        self.workspace = workspace
+        self.path = workspace.executed / "state.json"
+        self._lock = threading.Lock()
+
+    def read(self):
+        """Return the fingerprints of the steps done, by number."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+
+    def set(self, number, fingerprint):
+        """Note that a step is done, or with None that it is not."""
+        with self._lock:
+            state = self.read()
+            state[number] = fingerprint
+            with atomic_path(self.path) as path:
+                path.write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+    def reason_to_run(self, number, fingerprint):
+        """Tell why a step cannot be skipped, or None if it can.
+
+        Parameters
+        ----------
+        number : str
+        fingerprint : str
+            Of what the step depends on now.
+
+        Returns
+        -------
+        str or None
+        """
+        known = self.read().get(number)
+        if known is None:
+            return "not finished yet"
+        if known != fingerprint:
+            return "its notebook, parameters, data or an earlier step changed"
+        if not _has_results(number, self.workspace):
+            return "its results are gone"
+        return None
+
+
+def _has_results(number, workspace):
+    from helpers import registry, tracking
+    from helpers.data import load_split
+    from helpers.workspace import MissingStepError
+
+    try:
+        split = load_split(workspace)
+        if number == "01":
+            return True
+        tracking.connect(workspace, keep=False)
+        if number == "04":
+            return all(registry.production_version(name) for name in registry.MODELS)
+        experiment, run_name = {
+            "02": ("conv_network", "default_logistic"),
+            "03": ("svc_model", "svm"),
+        }[number]
+        digest = split.manifest["split_digest"]
+        return tracking.latest_run(experiment, run_name, digest) is not None
+    except MissingStepError:
+        return False
+
+
+def select_steps(only, resume, digests, record, report):
+    """Choose the steps to run.
+
+    Parameters
+    ----------
+    only : list of str or None
+        Numbers asked for.
+    resume : bool
+        Leave out what is done and unchanged.
+    digests : dict of str to str
+        From `fingerprints`.
+    record : Record
+    report : callable
+        Takes the lines that say what is skipped and why the others run.
+
+    Returns
+    -------
+    list of str
+    """
+    chosen = [number for number in STEPS if not only or number in only]
+    if not resume:
+        return chosen
+    running = []
+    for number in chosen:
+        reason = record.reason_to_run(number, digests[number])
+        if reason is None:
+            report(f"{STEPS[number].name}: skipped, done and unchanged")
+        else:
+            report(f"{STEPS[number].name}: runs, {reason}")
+            running.append(number)
+    return running
+
+
+# --- running ----------------------------------------------------------------------------------
+
+
+def _describe_failure(name, error):
+    """Name the notebook, the cell and the error."""
+    from papermill.exceptions import PapermillExecutionError
+
+    if not isinstance(error, PapermillExecutionError):
+        return f"{name}: {type(error).__name__}: {error}"
+    first_line = next((line for line in error.source.splitlines() if line.strip()), "")
+    return (
+        f"{name}, cell {error.cell_index + 1} ({first_line.strip()[:70]}): "
+        f"{error.ename}: {error.evalue}"
+    )
+
+
+def execute(step, parameters, workspace, position=0):
+    """Execute one notebook into ``WORKSPACE/executed/``.
+
+    Parameters
+    ----------
+    step : Step
+    parameters : dict
+    workspace : helpers.workspace.Workspace
+    position : int
+        Line of its progress bar.
+
+    Raises
+    ------
+    NotebookFailedError
+        Names the notebook, the cell and the error. The executed notebook is kept, with the
+        error at its top.
+    """
+    import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillException, PapermillExecutionError
+
+    bar = {"desc": step.name, "position": position, "disable": not sys.stderr.isatty()}
+    output = workspace.executed / f"{step.name}.ipynb"
+    try:
+        papermill.execute_notebook(
+            step.path,
+            output,
+            parameters={**parameters, "WORKSPACE": str(workspace.root)},
+            kernel_name="python3",
+            cwd=PROJECT_ROOT,
+            progress_bar=bar,
+        )
+    except (
+        PapermillException,
+        PapermillExecutionError,
+        DeadKernelError,
+        NoSuchKernel,
+        RuntimeError,
+    ) as error:
+        message = _describe_failure(step.name, error)
+        raise NotebookFailedError(f"{message}\nThe notebook as far as it got: {output}") from error
+
+
+def _interrupt_kernels():
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "ipykernel_launcher" in " ".join(child.cmdline()):
+                child.send_signal(signal.SIGINT)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def run_steps(numbers, parameters, digests, workspace, report):
+    """Execute steps, each as soon as those it needs are done.
+
+    Parameters
+    ----------
+    numbers : list of str
+    parameters : dict of str to dict
+    digests : dict of str to str
+    workspace : helpers.workspace.Workspace
+    report : callable
+
+    Returns
+    -------
+    list of str
+        Messages of the steps that failed; steps that need them are not run.
+    """
+    record, failures = Record(workspace), []
+    waiting, running, done = list(numbers), {}, set(STEPS) - set(numbers)
+    with ThreadPoolExecutor(len(STEPS)) as pool:
+        try:
+            while waiting or running:
+                for number in [n for n in waiting if set(STEPS[n].needs) <= done]:
+                    waiting.remove(number)
+                    record.set(number, None)
+                    report(f"{STEPS[number].name}: started")
+                    task = pool.submit(
+                        execute, STEPS[number], parameters[number], workspace, int(number) - 1
+                    )
+                    running[task] = (number, time.monotonic())
+                if not running:
+                    break
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for task in finished:
+                    number, start = running.pop(task)
+                    seconds = time.monotonic() - start
+                    if task.exception() is None:
+                        record.set(number, digests[number])
+                        done.add(number)
+                        report(f"{STEPS[number].name}: done in {seconds:.1f} s")
+                    elif isinstance(task.exception(), NotebookFailedError):
+                        failures.append(str(task.exception()))
+                        report(f"{STEPS[number].name}: FAILED after {seconds:.1f} s")
+                    else:
+                        raise task.exception()
+        except KeyboardInterrupt:
+            _interrupt_kernels()
+            raise
+    for number in waiting:
+        report(f"{STEPS[number].name}: not run, it needs what failed")
+    return failures
+
+
+# --- the end ----------------------------------------------------------------------------------
+
+
+def summarize(workspace):
+    """Say what is trained, its metrics, and what is in Production.
+
+    Parameters
+    ----------
+    workspace : helpers.workspace.Workspace
+
+    Returns
+    -------
+    str
+        A short table.
+    """
+    from helpers import registry, tracking
+
+    uri = tracking.connect(workspace, keep=False)
+    heads = f"{'accuracy':>9}{'macro F1':>9}{'log loss':>9}  {'newest run':<34}in Production"
+    lines = [f"{'model':<20}{heads}"]
+    for name, (experiment, run_name, _) in registry.MODELS.items():
+        run = tracking.latest_run(experiment, run_name)
+        if run is None:
+            lines.append(f"{name:<20}{'not trained yet':>27}")
+            continue
+        shown = "".join(f"{run.data.metrics[key]:>9.4f}" for key in SUMMARY)
+        version = registry.production_version(name)
+        place = f"version {version.version}" if version else "–"
+        lines.append(f"{name:<20}{shown}  {run.info.run_id:<34}{place}")
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        lines.append(f"Look at it: {uri}")
+    else:
+        lines.append(f"Look at it: python -m helpers.server --workspace {workspace.root}")
+    return "\n".join(lines)
+
+
+SUMMARY = ("accuracy", "f1_macro", "log_loss")
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.run", description="Run the series of notebooks headlessly."
+    )
+    parser.add_argument("--workspace", metavar="DIR", help="default: $WORKSPACE or ./workspace")
+    parser.add_argument(
+        "--data", metavar="SOURCE", help="auto, uci, sample, or a path or URL of a CSV"
+    )
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter of the notebooks; may be repeated",
+    )
+    parser.add_argument("--only", metavar="NN,NN", help="numbers of the notebooks to run")
+    parser.add_argument("--resume", action="store_true", help="skip what is done and unchanged")
+    options = parser.parse_args(arguments)
+    options.only = options.only.split(",") if options.only else None
+    for number in options.only or []:
+        if number not in STEPS:
+            parser.error(f"--only: there is no notebook {number!r}; choose from {', '.join(STEPS)}")
+    return options
+
+
+def _parameters(options):
+    parameters = {name: read_value(value) for name, value in options.parameter}
+    if options.data:
+        parameters["DATA_SOURCE"] = options.data
+    source = parameters.get("DATA_SOURCE")
+    if isinstance(source, str) and Path(source).is_file():
+        # Notebooks run in the project's folder, not where the command was given.
+        parameters["DATA_SOURCE"] = str(Path(source).resolve())
+    return parameters
+
+
+def _run(options):
+    start = time.monotonic()
+
+    def report(line):
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
+
+    parameters = _parameters(options)
+    workspace = open_workspace(options.workspace or parameters.pop("WORKSPACE", None))
+    every = distribute(parameters, STEPS)
+    if options.only:
+        distribute(parameters, {number: STEPS[number] for number in options.only})
+    with_models = not options.only or set(options.only) != {"01"}
+    if with_models:
+        server.prepare(workspace, keep=False)
+    digests = fingerprints(every)
+    numbers = select_steps(options.only, options.resume, digests, Record(workspace), report)
+    failures = run_steps(numbers, every, digests, workspace, report)
+    if with_models:
+        print(f"\n{summarize(workspace)}", flush=True)
+    for failure in failures:
+        print(f"\nFAILED: {failure}", file=sys.stderr, flush=True)
+    return 1 if failures else 0
+
+
+def _as_interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def main(arguments=None):
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Default: those of the process.
+
+    Returns
+    -------
+    int
+        0; 1 if a notebook or a setting failed; 130 after an interrupt.
+    """
+    options = _parse(arguments)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        return _run(options)
+    except ProjectError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. Go on with the same command and --resume.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

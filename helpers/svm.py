@@ -1,0 +1,246 @@
+"""Notebook 03: the RBF support vector machine and its grid of C and gamma."""
+
+import mlflow
+import numpy as np
+import pandas as pd
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import Pipeline
+from sklearn.svm import SVC
+
+from helpers import tracking
+from helpers.display import new_figure, notice
+from helpers.kernel_search import KernelGridSearch
+from helpers.preprocessing import make_preprocessor
+from helpers.workspace import ParameterError
+
+
+def make_pipeline(split):
+    """Make the preprocessing and the RBF SVM, unfitted.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+        Gives the names of the columns.
+
+    Returns
+    -------
+    sklearn.pipeline.Pipeline
+        Steps ``preprocessing`` and ``svc``.
+    """
+    preprocessing = make_preprocessor(split.numeric, split.categorical)
+    return Pipeline([("preprocessing", preprocessing), ("svc", SVC(kernel="rbf"))])
+
+
+def make_grid(C_exponents, gamma_exponents):
+    """Make the grid from powers of two.
+
+    Parameters
+    ----------
+    C_exponents, gamma_exponents : sequence of int or float
+        ``-5`` stands for 2⁻⁵.
+
+    Returns
+    -------
+    dict
+        ``{"C": list of float, "gamma": list of float}``, both ascending.
+
+    Raises
+    ------
+    ParameterError
+        If an exponent is not a number or none is given.
+    """
+    grid = {}
+    for name, exponents in {"C": C_exponents, "gamma": gamma_exponents}.items():
+        try:
+            values = sorted({2.0 ** float(exponent) for exponent in exponents})
+        except (TypeError, ValueError, OverflowError):
+            values = []
+        if not values:
+            raise ParameterError(
+                f"{name}_EXPONENTS must be a list of numbers such as [-5, 0, 6], not {exponents!r}."
+            )
+        grid[name] = values
+    return grid
+
+
+def search(split, grid, folds=5, n_jobs=-1):
+    """Search the grid by cross-validated accuracy on the training rows.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    grid : dict
+        From `make_grid`.
+    folds : int
+        Stratified folds, in the order of the rows, which the split has shuffled already.
+    n_jobs : int
+        Threads; -1: one per core.
+
+    Returns
+    -------
+    helpers.kernel_search.KernelGridSearch
+        Fitted; not refitted on all rows, see `fit_best`.
+    """
+    fewest = int(split.y_train.value_counts().min())
+    if fewest < folds:
+        raise ParameterError(
+            f"CV_FOLDS = {folds} needs {folds} training rows of each class, but the smallest "
+            f"class has {fewest}. Use fewer folds."
+        )
+    cv = StratifiedKFold(folds)
+    searcher = KernelGridSearch(
+        make_pipeline(split), grid, cv=cv, refit=False, n_jobs=n_jobs, progress=True
+    )
+    return searcher.fit(split.X_train, split.y_train)
+
+
+def fit_best(split, C, gamma, folds=5):
+    """Fit the SVM of one pair on all training rows, with class probabilities.
+
+    An SVM gives scores, not probabilities. Platt's sigmoids [1]_, fitted to the scores of rows
+    held out in turn, translate them; the SVM itself is fitted once, on all training rows.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    C, gamma : float
+    folds : int
+        Folds of the calibration.
+
+    Returns
+    -------
+    sklearn.calibration.CalibratedClassifierCV
+        Fitted; its ``predict`` gives the class of the highest probability.
+
+    References
+    ----------
+    .. [1] J. Platt (1999). Probabilistic outputs for support vector machines and comparisons
+       to regularized likelihood methods. *Advances in Large Margin Classifiers*, 61-74.
+    """
+    pipeline = make_pipeline(split).set_params(svc__C=C, svc__gamma=gamma)
+    calibrated = CalibratedClassifierCV(
+        pipeline, method="sigmoid", cv=StratifiedKFold(folds), ensemble=False
+    )
+    return calibrated.fit(split.X_train, split.y_train)
+
+
+def best_pair(searcher):
+    """Return the winning C and gamma of a search as plain floats."""
+    return {
+        name.removeprefix("svc__"): float(value) for name, value in searcher.best_params_.items()
+    }
+
+
+def edges(searcher, grid):
+    """Tell which parameters win on the edge of their range.
+
+    Parameters
+    ----------
+    searcher : KernelGridSearch
+    grid : dict
+
+    Returns
+    -------
+    list of str
+        ``C`` and ``gamma`` where the winner is the smallest or largest of several values.
+    """
+    pair = best_pair(searcher)
+    return [
+        name
+        for name, values in grid.items()
+        if len(values) > 1 and pair[name] in (min(values), max(values))
+    ]
+
+
+def warn_on_edge(searcher, grid):
+    """Say so if the grid wins on its edge: a better pair may lie outside."""
+    for name in edges(searcher, grid):
+        notice(
+            f"The best {name} = {best_pair(searcher)[name]:g} lies on the edge of the grid "
+            f"({min(grid[name]):g} … {max(grid[name]):g}). A better value may lie outside: "
+            f"widen {name}_EXPONENTS and search again.",
+            level="warning",
+        )
+
+
+def results_table(searcher):
+    """Return ``cv_results_`` as a table, the best pairs first.
+
+    Returns
+    -------
+    pandas.DataFrame, shape (n_pairs, ...)
+    """
+    table = pd.DataFrame(searcher.cv_results_).drop(columns="params")
+    table = table.rename(columns=lambda name: name.replace("param_svc__", ""))
+    return table.sort_values("rank_test_score", kind="stable").reset_index(drop=True)
+
+
+def _power(value):
+    exponent = np.log2(value)
+    return f"$2^{{{exponent:g}}}$"
+
+
+def plot_grid(searcher, grid):
+    """Draw the mean accuracy over the grid as a heat map, the winner marked.
+
+    Parameters
+    ----------
+    searcher : KernelGridSearch
+    grid : dict
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    means = searcher.cv_results_["mean_test_score"].reshape(len(grid["C"]), len(grid["gamma"]))
+    figure, axes = new_figure(
+        width=1.6 + 0.55 * len(grid["gamma"]), height=1.4 + 0.42 * len(grid["C"])
+    )
+    image = axes.imshow(means, origin="lower", cmap="viridis", aspect="auto")
+    axes.set_xticks(range(len(grid["gamma"])), [_power(value) for value in grid["gamma"]])
+    axes.set_yticks(range(len(grid["C"])), [_power(value) for value in grid["C"]])
+    row, column = np.unravel_index(searcher.best_index_, means.shape)
+    middle = (means.min() + means.max()) / 2
+    for (i, j), mean in np.ndenumerate(means):
+        colour = "black" if mean > middle else "white"
+        axes.text(j, i, f"{mean:.3f}", ha="center", va="center", fontsize=6, color=colour)
+    axes.scatter(column, row, s=420, facecolors="none", edgecolors="red", linewidths=2)
+    pair = best_pair(searcher)
+    axes.set(
+        xlabel="gamma",
+        ylabel="C",
+        title=f"Mean accuracy over {searcher.n_splits_} folds; best: C = {pair['C']:g}, "
+        f"gamma = {pair['gamma']:g}",
+    )
+    figure.colorbar(image, ax=axes, label="accuracy")
+    return figure
+
+
+def log_search(searcher, grid):
+    """Log the heat map, the table of results and the cost of a search in the active run.
+
+    Parameters
+    ----------
+    searcher : KernelGridSearch
+    grid : dict
+    """
+    mlflow.log_params({"kernel": "rbf", **best_pair(searcher)})
+    mlflow.log_params(
+        {
+            "grid_C": " ".join(f"{value:g}" for value in grid["C"]),
+            "grid_gamma": " ".join(f"{value:g}" for value in grid["gamma"]),
+            "cv_folds": searcher.n_splits_,
+            "edge": ", ".join(edges(searcher, grid)) or "none",
+        }
+    )
+    mlflow.log_metrics(
+        {
+            "cv_accuracy": searcher.best_score_,
+            "cv_accuracy_std": searcher.cv_results_["std_test_score"][searcher.best_index_],
+            "search_seconds": searcher.search_time_,
+            "search_fits": searcher.n_fits_,
+        }
+    )
+    tracking.log_figure(plot_grid(searcher, grid), "grid_search/heat_map.png")
+    mlflow.log_text(results_table(searcher).to_csv(index=False), "grid_search/cv_results.csv")

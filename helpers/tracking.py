@@ -1,0 +1,425 @@
+"""MLflow experiments, runs and what is logged with them; shared by notebooks 02 to 05."""
+
+import getpass
+import json
+import logging
+import os
+import platform
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import warnings
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import joblib
+import mlflow
+import psutil
+from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types.schema import AnyType
+
+from helpers import server
+from helpers.evaluation import compute_metrics, plot_confusion_matrix
+
+INTERFACE = Path(__file__).with_name("model_interface.py")
+MODEL_FILES = {"classifier": "classifier.joblib", "preprocessor": "preprocessor.joblib"}
+
+
+# --- connecting -------------------------------------------------------------------------------
+
+
+def connect(workspace, keep=None):
+    """Connect MLflow to the team's server or to the workspace's own.
+
+    Runs that this machine left open when it was interrupted are closed on the way.
+
+    Parameters
+    ----------
+    workspace : helpers.workspace.Workspace
+    keep : bool, optional
+        See `helpers.server.start_server`.
+
+    Returns
+    -------
+    str
+        The tracking URI: ``MLFLOW_TRACKING_URI`` where set, else the local server's address.
+
+    Raises
+    ------
+    helpers.server.ServerError
+        If the server does not answer or does not start.
+    """
+    uri = server.connect(workspace, keep)
+    named = "MLFLOW_TRACKING_URI" in os.environ
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    if not named:
+        # MLflow sets the variable itself; here it means a server that the user named.
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    _quiet()
+    close_abandoned_runs()
+    return uri
+
+
+def _quiet():
+    """Keep remarks out of the notebook that a reader can do nothing about."""
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    logging.getLogger("mlflow.types.utils").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*type hint.*", module="mlflow.*")
+    warnings.filterwarnings("ignore", message=".*dataset source type.*")
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+def open_experiment(name):
+    """Return the id of an experiment, made if missing and restored if deleted.
+
+    Parameters
+    ----------
+    name : str
+
+    Returns
+    -------
+    str
+    """
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            # Another notebook made it between the two calls.
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    return experiment.experiment_id
+
+
+def _process_tags():
+    return {
+        "process.host": socket.gethostname(),
+        "process.pid": str(os.getpid()),
+        "process.created": f"{psutil.Process().create_time():.2f}",
+    }
+
+
+def data_tags(manifest):
+    """Return the tags that say what a model was trained on.
+
+    Parameters
+    ----------
+    manifest : dict
+        Of the split, see `helpers.data.Split`.
+
+    Returns
+    -------
+    dict of str to str
+    """
+    return {
+        "data_source": manifest["source"],
+        "data_digest": manifest["digest"],
+        "split_digest": manifest["split_digest"],
+        "synthetic_data": str(manifest["synthetic"]).lower(),
+    }
+
+
+@contextmanager
+def _terminated_as_interrupt():
+    """Turn SIGTERM, which papermill and Jupyter send to end a kernel, into an interrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
+def start_run(experiment, run_name, manifest=None, tags=None):
+    """Start a run that is always closed: FINISHED, FAILED on an error, KILLED on an interrupt.
+
+    Parameters
+    ----------
+    experiment : str
+        Name of the experiment.
+    run_name : str
+    manifest : dict, optional
+        Of the split; its source and digest become tags.
+    tags : dict of str to str, optional
+        More tags.
+
+    Yields
+    ------
+    mlflow.ActiveRun
+    """
+    experiment_id = open_experiment(experiment)
+    mlflow.end_run()
+    every = {**_process_tags(), **(data_tags(manifest) if manifest else {}), **(tags or {})}
+    run = mlflow.start_run(experiment_id=experiment_id, run_name=run_name, tags=every)
+    with _terminated_as_interrupt():
+        try:
+            yield run
+        except KeyboardInterrupt:
+            mlflow.end_run("KILLED")
+            raise
+        except BaseException:
+            mlflow.end_run("FAILED")
+            raise
+        mlflow.end_run("FINISHED")
+
+
+def close_abandoned_runs():
+    """Mark runs as KILLED whose process on this machine is gone.
+
+    Returns
+    -------
+    list of str
+        Ids of the runs marked.
+    """
+    client = mlflow.MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    if not experiments:
+        return []
+    here = socket.gethostname()
+    running = client.search_runs(
+        experiments,
+        f"attributes.status = 'RUNNING' and tags.`process.host` = '{here}'",
+        max_results=1000,
+    )
+    closed = []
+    for run in running:
+        tags = run.data.tags
+        if not server.is_running(int(tags["process.pid"]), float(tags["process.created"])):
+            client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
+            closed.append(run.info.run_id)
+    return closed
+
+
+def latest_run(experiment, run_name, split_digest=None):
+    """Return the newest finished run of a name, or None.
+
+    Parameters
+    ----------
+    experiment, run_name : str
+    split_digest : str, optional
+        Only runs on this split.
+
+    Returns
+    -------
+    mlflow.entities.Run or None
+    """
+    client = mlflow.MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return None
+    query = f"attributes.status = 'FINISHED' and attributes.run_name = '{run_name}'"
+    if split_digest:
+        query += f" and tags.split_digest = '{split_digest}'"
+    runs = client.search_runs(
+        [found.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]
+    )
+    return runs[0] if runs else None
+
+
+# --- logging ----------------------------------------------------------------------------------
+
+
+def log_figure(figure, path):
+    """Log a figure as an artifact of the active run.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    path : str
+        Such as ``confusion_matrix/confusion_matrix.png``.
+    """
+    mlflow.log_figure(figure, path, save_kwargs={"dpi": 120})
+
+
+def log_split(split):
+    """Log the training and test rows as dataset inputs of the active run.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    """
+    parts = {"training": (split.X_train, split.y_train), "testing": (split.X_test, split.y_test)}
+    for context, (X, y) in parts.items():
+        dataset = mlflow.data.from_pandas(
+            X.assign(**{y.name: y}),
+            source=_dataset_source(split.manifest["source"]),
+            targets=y.name,
+            name=f"{Path(split.manifest['source']).stem[:40]}-{context}",
+        )
+        mlflow.log_input(dataset, context=context)
+
+
+def _dataset_source(source):
+    from helpers.data import SAMPLE, UCI_URL
+
+    return {"uci": UCI_URL, "sample": str(SAMPLE)}.get(source, source)
+
+
+def log_environment():
+    """Tag the active run with what it ran on."""
+    mlflow.set_tags(
+        {
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cores": str(os.cpu_count()),
+            "runtime": "colab" if "google.colab" in sys.modules else "local",
+        }
+    )
+
+
+def column_kinds(X):
+    """Tell what a client may send in each column.
+
+    Parameters
+    ----------
+    X : pandas.DataFrame
+
+    Returns
+    -------
+    dict of str to {'number', 'boolean', 'text'}
+    """
+    kinds = {"b": "boolean", "O": "text"}
+    return {name: kinds.get(dtype.kind, "number") for name, dtype in X.dtypes.items()}
+
+
+def make_signature(columns, labels):
+    """Make the signature of the model interface.
+
+    MLflow's ``double`` refuses int64 and its ``long`` refuses floats, yet clients send either
+    for the same column. So the signature asks for the columns by name, and the model itself
+    checks that numbers are numbers and texts are texts.
+
+    Parameters
+    ----------
+    columns : dict
+        From `column_kinds`.
+    labels : list
+        Class labels.
+
+    Returns
+    -------
+    mlflow.models.ModelSignature
+    """
+    label_type = DataType.string if isinstance(labels[0], str) else DataType.long
+    outputs = [ColSpec(label_type, "prediction")]
+    outputs += [ColSpec(DataType.double, f"probability_{label}") for label in labels]
+    return ModelSignature(
+        inputs=Schema([ColSpec(AnyType(), name) for name in columns]), outputs=Schema(outputs)
+    )
+
+
+def _pinned(*names):
+    return [f"{name}=={metadata.version(name)}" for name in names]
+
+
+def save_parts(folder, split, **parts):
+    """Write the fitted parts of a model where the model interface looks for them.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    split : helpers.data.Split
+    **parts
+        ``classifier``, or ``preprocessor`` and ``network``.
+    """
+    interface = {"columns": column_kinds(split.X_train), "labels": split.labels}
+    text = json.dumps(interface, indent=2, ensure_ascii=False)
+    (folder / "interface.json").write_text(text, encoding="utf-8")
+    for name, part in parts.items():
+        if name == "network":
+            part.save(folder / "network.keras")
+        else:
+            joblib.dump(part, folder / MODEL_FILES[name], compress=3)
+
+
+def log_model(split, **parts):
+    """Log a fitted model with the interface of the series in the active run.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+        Its training rows give signature and input example.
+    **parts
+        Fitted parts: ``classifier``, or ``preprocessor`` and ``network``.
+
+    Returns
+    -------
+    mlflow.models.model.ModelInfo
+        ``model_uri`` loads the model back.
+    """
+    columns = column_kinds(split.X_train)
+    needed = ["mlflow", "pandas", "numpy", "scikit-learn", "joblib"]
+    needed += ["tensorflow"] if "network" in parts else []
+    folder = Path(tempfile.mkdtemp(prefix="model-"))
+    try:
+        save_parts(folder, split, **parts)
+        return mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(INTERFACE),
+            artifacts={"model": str(folder)},
+            signature=make_signature(columns, split.labels),
+            input_example=split.X_train.head(3),
+            pip_requirements=_pinned(*needed),
+            metadata={"columns": columns, "labels": [str(label) for label in split.labels]},
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def user_name(name=None):
+    """Return who acts: `name`, else the MLflow or system user."""
+    if name or os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return name or os.environ["MLFLOW_TRACKING_USERNAME"]
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # Containers may run under a number that has no name.
+        return "unknown"
+
+
+def evaluate_logged_model(model_info, split):
+    """Load a logged model back and compute and log its metrics on the test rows.
+
+    What is measured is the model that clients will load, not the objects in this notebook.
+
+    Parameters
+    ----------
+    model_info : mlflow.models.model.ModelInfo
+        From `log_model`.
+    split : helpers.data.Split
+
+    Returns
+    -------
+    metrics : dict of str to float
+    answer : pandas.DataFrame
+        The model's answer to the test rows.
+    """
+    answer = mlflow.pyfunc.load_model(model_info.model_uri).predict(split.X_test)
+    metrics = compute_metrics(split.y_test, answer, split.labels)
+    mlflow.log_metrics(metrics, model_id=model_info.model_id)
+    title = f"Confusion matrix, {len(answer):,} test rows"
+    figure = plot_confusion_matrix(split.y_test, answer["prediction"], split.labels, title)
+    log_figure(figure, "confusion_matrix/confusion_matrix.png")
+    return metrics, answer

@@ -1,0 +1,364 @@
+"""Where things live: the workspace folder, the settings, Colab or local.
+
+Every notebook starts here. This module imports no other helper and nothing heavy, so that it
+can also be used to install what the other helpers need.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class ProjectError(Exception):
+    """An error with one clear message for the person at the keyboard.
+
+    Jupyter shows the message alone, without a traceback through the helpers: what went wrong
+    and the way out are both in the message.
+    """
+
+    def _render_traceback_(self):
+        return [f"{type(self).__name__}: {self}"]
+
+
+class ParameterError(ProjectError):
+    """A parameter or setting has a value that cannot be used."""
+
+
+class WorkspaceError(ProjectError):
+    """The workspace folder cannot be used."""
+
+
+class MissingStepError(ProjectError):
+    """A notebook was started before the one that makes what it reads."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One parameter of the notebooks.
+
+    Attributes
+    ----------
+    kind : type
+        What the value must be; ``list`` also takes a JSON list or a comma-separated text, the
+        only forms that the papermill command line can pass.
+    description : str
+        One line for the README's table of settings.
+    environment : str or None
+        Environment variable used when the parameter is None.
+    optional : bool
+        Whether None is a value of its own ("use the default").
+    minimum, maximum : float or None
+        Bounds, both included.
+    choices : tuple or None
+        The only values allowed.
+    """
+
+    kind: type
+    description: str
+    environment: str | None = None
+    optional: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple | None = None
+
+
+SETTINGS = {
+    "WORKSPACE": Setting(
+        str, "folder for data, runs, models and executed notebooks", "WORKSPACE", optional=True
+    ),
+    "SEED": Setting(int, "governs split, initialisation and search", minimum=0, maximum=2**32 - 1),
+    "DATA_SOURCE": Setting(str, "`auto`, `uci`, `sample`, or a path or URL of a CSV"),
+    "TARGET": Setting(str, "name of the column to predict"),
+    "CATEGORICAL": Setting(
+        list, "columns whose numbers are codes (default: inferred)", optional=True
+    ),
+    "DROP": Setting(list, "columns to leave out, such as identifiers", optional=True),
+    "TEST_SIZE": Setting(
+        float, "share of the rows held out for the test", minimum=0.05, maximum=0.5
+    ),
+    "FILTERS": Setting(int, "filters of the convolution", minimum=1, maximum=1024),
+    "KERNEL_SIZE": Setting(int, "neighbouring inputs seen by one filter", minimum=1, maximum=64),
+    "L2": Setting(float, "weight penalty of the network", minimum=0, maximum=1),
+    "LEARNING_RATE": Setting(float, "step size of Adam", minimum=1e-6, maximum=1),
+    "BATCH_SIZE": Setting(int, "rows per training step", minimum=1),
+    "EPOCHS": Setting(int, "most passes over the training rows", minimum=1),
+    "PATIENCE": Setting(int, "epochs without improvement before training stops", minimum=1),
+    "VALIDATION_SIZE": Setting(
+        float, "share of the training rows used for early stopping", minimum=0.05, maximum=0.5
+    ),
+    "CLASS_WEIGHT_POWER": Setting(
+        float, "0: no class weights, 1: balanced, between: milder", minimum=0, maximum=1
+    ),
+    "C_EXPONENTS": Setting(list, "powers of two tried for C"),
+    "GAMMA_EXPONENTS": Setting(list, "powers of two tried for gamma"),
+    "CV_FOLDS": Setting(int, "folds of the cross-validation", minimum=2, maximum=20),
+    "N_JOBS": Setting(int, "threads of the search; -1: one per core", minimum=-1),
+    "MIN_GAIN": Setting(
+        float,
+        "accuracy a candidate must have above the majority class",
+        minimum=0,
+        maximum=1,
+    ),
+    "MAX_LOSS": Setting(
+        float,
+        "macro F1 a candidate may be below the version in Production",
+        minimum=0,
+        maximum=1,
+    ),
+    "ALLOW_REPLACE": Setting(
+        bool, "promote even where Production was trained on another kind of table"
+    ),
+    "REASON": Setting(str, "why the candidates are promoted, for the history"),
+    "PROMOTED_BY": Setting(
+        str, "who promotes, for the history (default: the user name)", optional=True
+    ),
+}
+
+
+def _as_list(value):
+    """Read a list given as a list, a JSON text or a comma-separated text."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError:
+            return value
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _is_kind(value, kind):
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _checked(name, value):
+    setting = SETTINGS[name]
+    if value is None and setting.environment and os.environ.get(setting.environment):
+        value = os.environ[setting.environment]
+    if value is None and setting.optional:
+        return None
+    if setting.kind is list:
+        value = _as_list(value)
+    wanted = {str: "a text", int: "a whole number", float: "a number", list: "a list"}
+    if not _is_kind(value, setting.kind):
+        raise ParameterError(
+            f"{name} must be {wanted.get(setting.kind, 'True or False')} "
+            f"({setting.description}), not {value!r}."
+        )
+    low, high = setting.minimum, setting.maximum
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise ParameterError(f"{name} must be {bounds} ({setting.description}), not {value!r}.")
+    if setting.kind is float:
+        return float(value)
+    return value
+
+
+def check_parameters(**parameters):
+    """Check the parameters of a notebook and fill in environment variables.
+
+    Parameters
+    ----------
+    **parameters
+        Names from `SETTINGS` with the values of the notebook's ``parameters`` cell.
+
+    Returns
+    -------
+    dict
+        The values to use: an explicit value wins over the environment variable, which wins
+        over the default. Lists given as text are lists here.
+
+    Raises
+    ------
+    ParameterError
+        If a value is of the wrong type or out of bounds; names the parameter.
+    """
+    return {name: _checked(name, value) for name, value in parameters.items()}
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder that holds everything the series makes.
+
+    Attributes
+    ----------
+    root : pathlib.Path
+        The folder itself, absolute.
+    """
+
+    root: Path
+
+    @property
+    def data(self):
+        """Folder of the prepared split (notebook 01)."""
+        return self.root / "data"
+
+    @property
+    def tracking_db(self):
+        """SQLite file of the local MLflow server."""
+        return self.root / "tracking.db"
+
+    @property
+    def artifacts(self):
+        """Folder of the local MLflow server's artifacts."""
+        return self.root / "mlruns"
+
+    @property
+    def executed(self):
+        """Folder of the notebooks executed by ``python -m helpers.run``."""
+        return self.root / "executed"
+
+    @property
+    def server(self):
+        """Folder of the local MLflow server's log, lock and state."""
+        return self.root / ".server"
+
+
+def open_workspace(path=None):
+    """Open the workspace, making its folders if they are missing.
+
+    Parameters
+    ----------
+    path : str or path-like, optional
+        Where; default: the environment variable ``WORKSPACE``, else ``./workspace``.
+
+    Returns
+    -------
+    Workspace
+
+    Raises
+    ------
+    WorkspaceError
+        If the folder cannot be made or written to.
+    """
+    root = Path(path or os.environ.get("WORKSPACE") or "workspace").expanduser().resolve()
+    workspace = Workspace(root)
+    try:
+        for folder in (root, workspace.data, workspace.artifacts, workspace.executed):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise WorkspaceError(
+            f"The workspace {root} is not writable ({error.strerror}). Choose another folder "
+            "with the parameter or environment variable WORKSPACE."
+        ) from None
+    return workspace
+
+
+@contextmanager
+def atomic_path(path):
+    """Give a temporary path that takes the place of `path` only when the block succeeds.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file to write.
+
+    Yields
+    ------
+    pathlib.Path
+        A path in the same folder, to be written in the block.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_digest(*paths):
+    """Return the SHA-256 of the contents of files, in the order given (64 hex digits)."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def in_colab():
+    """Tell whether this is a Colab runtime."""
+    return "google.colab" in sys.modules
+
+
+def is_interactive():
+    """Tell whether a person can answer: a Jupyter or Colab front end, or a terminal.
+
+    papermill and nbclient start every cell with ``allow_stdin`` off, front ends with it on
+    (Jupyter messaging protocol, "execute_request").
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if shell is None:
+        return sys.stdin is not None and sys.stdin.isatty()
+    kernel = getattr(shell, "kernel", None)
+    if kernel is None:
+        return True
+    return bool(kernel.get_parent("shell").get("content", {}).get("allow_stdin", False))
+
+
+def missing_requirements(requirements=PROJECT_ROOT / "requirements.txt"):
+    """List the lines of a requirements file that no installed package satisfies by name.
+
+    Versions are left to pip: a package that is there in any version is kept, so that nothing
+    that Colab ships is replaced.
+
+    Parameters
+    ----------
+    requirements : path-like
+        A requirements file.
+
+    Returns
+    -------
+    list of str
+    """
+    missing = []
+    for line in Path(requirements).read_text(encoding="utf-8").splitlines():
+        requirement = line.split("#")[0].strip()
+        if not requirement:
+            continue
+        name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(requirement)
+    return missing
+
+
+def install_missing():
+    """Install what `requirements.txt` names and the machine lacks.
+
+    Returns
+    -------
+    list of str
+        The requirements installed; empty if everything was there.
+
+    Raises
+    ------
+    ProjectError
+        If pip cannot install them.
+    """
+    missing = missing_requirements()
+    if missing:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", *missing]
+        if subprocess.run(command, check=False).returncode:
+            raise ProjectError(
+                f"pip could not install {', '.join(missing)}. Check the network, then run this "
+                "cell again."
+            )
+    return missing
