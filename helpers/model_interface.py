@@ -6,6 +6,7 @@ network is loaded.
 """
 
 import json
+import os
 from pathlib import Path
 
 import joblib
@@ -97,6 +98,8 @@ def convert(frame, columns):
 
 def _load_network(folder):
     """Return a function from a float32 array (n_rows, n_inputs) to class probabilities."""
+    # TensorFlow's start-up remarks are of no use to a client.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import keras
     import tensorflow as tf
 

@@ -34,6 +34,8 @@ from helpers.workspace import (
 )
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
+SUMMARY = ("accuracy", "f1_macro", "log_loss")
+STDERR = 2  # number of the error stream
 
 
 @dataclass(frozen=True)
@@ -437,7 +439,6 @@ def summarize(workspace):
     return "\n".join(lines)
 
 
-SUMMARY = ("accuracy", "f1_macro", "log_loss")
 
 
 def _parse(arguments):
@@ -489,6 +490,7 @@ def _run(options):
     every = distribute(parameters, STEPS)
     if options.only:
         distribute(parameters, {number: STEPS[number] for number in options.only})
+    _separate_kernel_messages(workspace)
     with_models = not options.only or set(options.only) != {"01"}
     if with_models:
         server.prepare(workspace, keep=False)
@@ -500,6 +502,17 @@ def _run(options):
     for failure in failures:
         print(f"\nFAILED: {failure}", file=sys.stderr, flush=True)
     return 1 if failures else 0
+
+
+def _separate_kernel_messages(workspace):
+    """Send what kernels and libraries write to the error stream to a file of its own.
+
+    TensorFlow and Jupyter write start-up remarks there that nobody can act on; this process
+    keeps the terminal for progress and errors.
+    """
+    log = (workspace.executed / "kernels.log").open("wb")
+    sys.stderr = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+    os.dup2(log.fileno(), STDERR)
 
 
 def _as_interrupt(number, frame):

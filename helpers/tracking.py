@@ -71,6 +71,7 @@ def connect(workspace, keep=None):
 def _quiet():
     """Keep remarks out of the notebook that a reader can do nothing about."""
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     logging.getLogger("mlflow.types.utils").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*type hint.*", module="mlflow.*")
@@ -372,7 +373,9 @@ def log_model(split, **parts):
     columns = column_kinds(split.X_train)
     needed = ["mlflow", "pandas", "numpy", "scikit-learn", "joblib"]
     needed += ["tensorflow"] if "network" in parts else []
-    folder = Path(tempfile.mkdtemp(prefix="model-"))
+    temporary = Path(tempfile.mkdtemp())
+    folder = temporary / "parts"
+    folder.mkdir()
     try:
         save_parts(folder, split, **parts)
         return mlflow.pyfunc.log_model(
@@ -385,7 +388,7 @@ def log_model(split, **parts):
             metadata={"columns": columns, "labels": [str(label) for label in split.labels]},
         )
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def user_name(name=None):
