@@ -655,17 +655,18 @@ def rollback(name, reason, by=None):
 def _production_line(name):
     """Return the versions that were promoted on top of each other, the current one last."""
     line = []
-    for event in history(name).sort_values("when").itertuples():
-        if event.result != "FINISHED":
+    for event in reversed(_events(name)):
+        before, after = event["from_version"], event["to_version"]
+        if event["result"] != "FINISHED":
             continue
-        if event.action == "rollback":
-            while line and line[-1] != event.to_version:
+        if event["action"] == "rollback":
+            while line and line[-1] != after:
                 line.pop()
-        elif event.from_version and (not line or line[-1] != event.from_version):
+        elif before and (not line or line[-1] != before):
             # Somebody moved versions by hand in between.
-            line.append(event.from_version)
-        if not line or line[-1] != event.to_version:
-            line.append(event.to_version)
+            line.append(before)
+        if not line or line[-1] != after:
+            line.append(after)
     return line
 
 
@@ -684,14 +685,9 @@ def history(name=None):
         ``to_version``, ``by``, ``reason``, ``accuracy``, ``f1_macro`` (of the version promoted),
         ``f1_macro_before`` and ``result`` (``FINISHED``, or what an interrupt left).
     """
-    experiment = mlflow.MlflowClient().get_experiment_by_name(HISTORY)
-    runs = []
-    if experiment is not None:
-        query = f"params.model = '{name}'" if name else ""
-        runs = mlflow.search_runs([experiment.experiment_id], query, output_format="list")
-    return pd.DataFrame([_event(run) for run in runs], columns=EVENT).sort_values(
-        "when", ascending=False, kind="stable", ignore_index=True
-    )
+    table = pd.DataFrame(_events(name), columns=EVENT, dtype=object)
+    numbers = ["accuracy", "f1_macro", "f1_macro_before"]
+    return table.astype(dict.fromkeys(numbers, "float64"))
 
 
 EVENT = (
@@ -709,10 +705,26 @@ EVENT = (
 )
 
 
+def _events(name=None):
+    """Return the events of the history as dicts, the newest first."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(HISTORY)
+    if experiment is None:
+        return []
+    query = f"params.model = '{name}'" if name else ""
+    runs = mlflow.search_runs(
+        [experiment.experiment_id],
+        query,
+        order_by=["attributes.start_time DESC"],
+        output_format="list",
+    )
+    return [_event(run) for run in runs]
+
+
 def _event(run):
     params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
     before = params.get("from_version")
-    return (
+    values = (
         pd.to_datetime(run.info.start_time, unit="ms", utc=True),
         params.get("model"),
         params.get("action"),
@@ -725,6 +737,7 @@ def _event(run):
         metrics.get("from_f1_macro"),
         run.info.status,
     )
+    return dict(zip(EVENT, values, strict=True))
 
 
 def promote_candidates(candidates, checks, reason="passed all checks", by=None):

@@ -439,8 +439,6 @@ def summarize(workspace):
     return "\n".join(lines)
 
 
-
-
 def _parse(arguments):
     parser = argparse.ArgumentParser(
         prog="python -m helpers.run", description="Run the series of notebooks headlessly."

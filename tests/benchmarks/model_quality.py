@@ -9,6 +9,7 @@ import argparse
 import os
 import platform
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -89,8 +90,7 @@ METHODS = {
 
 def measure(path, seeds, methods):
     """Return one row per method and seed: accuracy, macro F1, seconds, and what was chosen."""
-    with open(path, "rb") as file:
-        table = data.read_table(file.read(), str(path))
+    table = data.read_table(Path(path).read_bytes(), str(path))
     rows = []
     for seed in range(seeds):
         split = data.split_table(table, 0.3, seed)

@@ -1,0 +1,1 @@
+"""A synthetic table of students' outcomes, its summary figures and its generator."""

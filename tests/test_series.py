@@ -1,0 +1,409 @@
+"""The whole series, run headlessly as a user would, and the contracts of its results."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
+
+from helpers import registry
+from helpers.data import load_split
+from helpers.workspace import PROJECT_ROOT, open_workspace
+from tests.series import (
+    METRICS,
+    ONE_PAIR,
+    RUNS,
+    clean_environment,
+    connected,
+    files_below,
+    find_runs,
+    run_notebook,
+    run_series,
+)
+
+NAMES = list(RUNS)
+NOTEBOOKS = sorted(path.stem for path in (PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def sample_run(tmp_path_factory):
+    """Run the series once, with the full grid, on the bundled sample."""
+    folder = tmp_path_factory.mktemp("series")
+    result = run_series(folder, "--data", "sample")
+    assert result.returncode == 0, result.stdout + result.stderr
+    if os.environ.get("KEEP_EXECUTED"):
+        shutil.copytree(folder / "executed", os.environ["KEEP_EXECUTED"], dirs_exist_ok=True)
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def client(sample_run):
+    """Give a client of the server of that run's workspace."""
+    with connected(sample_run[0]) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def split(sample_run):
+    return load_split(open_workspace(sample_run[0]))
+
+
+@pytest.fixture(scope="module")
+def production(client):
+    return {name: mlflow.pyfunc.load_model(f"models:/{name}@production") for name in NAMES}
+
+
+def test_run_ends_with_both_models_in_production(sample_run):
+    output = sample_run[1].stdout
+    for name in NAMES:
+        assert re.search(rf"{name} +0\.\d+ +0\.\d+ +\d\.\d+ .*version 1", output), output
+
+
+def test_executed_notebooks_are_kept_complete_and_without_errors(sample_run):
+    for name in NOTEBOOKS:
+        notebook = nbformat.read(sample_run[0] / "executed" / f"{name}.ipynb", 4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in code)
+        outputs = [output for cell in code for output in cell.outputs]
+        assert not [output for output in outputs if output.output_type == "error"]
+        assert any("image/png" in output.get("data", {}) for output in outputs), name
+
+
+def test_server_of_a_batch_run_is_gone_afterwards(sample_run):
+    state = sample_run[0] / ".server" / "state.json"
+    assert not state.exists() or "connected" in os.environ.get("PYTEST_CURRENT_TEST", "")
+
+
+def test_manifest_says_what_the_data_are(split):
+    manifest = split.manifest
+    assert manifest["source"] == "sample"
+    assert manifest["synthetic"] is True
+    assert manifest["rows"] == 4424
+    assert manifest["classes"] == ["Dropout", "Enrolled", "Graduate"]
+    assert manifest["class_counts"] == {"Dropout": 1421, "Enrolled": 794, "Graduate": 2209}
+    assert manifest["seed"] == 0
+    assert len(split.X_test) == 1328
+    assert len(split.categorical) == 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_is_logged_under_its_names_with_all_metrics_and_tags(client, name):
+    (run,) = find_runs(client, name)
+    assert run.info.status == "FINISHED"
+    per_class = {
+        f"{score}_{label}"
+        for score in ("precision", "recall", "f1")
+        for label in ("Dropout", "Enrolled", "Graduate")
+    }
+    assert set(run.data.metrics) >= METRICS | per_class
+    assert run.data.tags["data_source"] == "sample"
+    assert run.data.tags["synthetic_data"] == "true"
+    assert re.fullmatch("[0-9a-f]{64}", run.data.tags["data_digest"])
+    contexts = {tag.value for entry in run.inputs.dataset_inputs for tag in entry.tags}
+    assert contexts == {"training", "testing"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_has_model_and_confusion_matrix_as_artifacts(client, name):
+    (run,) = find_runs(client, name)
+    model = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "model")}
+    assert model >= {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "artifacts"}
+    pictures = client.list_artifacts(run.info.run_id, "confusion_matrix")
+    assert [file.path for file in pictures] == ["confusion_matrix/confusion_matrix.png"]
+
+
+def test_network_logs_its_losses_epoch_by_epoch(client):
+    (run,) = find_runs(client, "model_conv_network")
+    trained = int(run.data.params["epochs_trained"])
+    for metric in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
+        steps = [point.step for point in client.get_metric_history(run.info.run_id, metric)]
+        assert sorted(steps) == list(range(1, trained + 1))
+    losses = client.get_metric_history(run.info.run_id, "val_loss")
+    best = min(losses, key=lambda point: point.value)
+    assert best.step == int(run.data.params["best_epoch"])
+
+
+def test_svm_is_logged_with_the_parameters_of_the_model_itself(client):
+    import joblib
+
+    (run,) = find_runs(client, "model_svm_rbf")
+    folder = mlflow.artifacts.download_artifacts("models:/model_svm_rbf@production")
+    (path,) = Path(folder).rglob("classifier.joblib")
+    svc = joblib.load(path).calibrated_classifiers_[0].estimator[-1]
+    assert run.data.params["kernel"] == svc.kernel == "rbf"
+    assert float(run.data.params["C"]) == svc.C
+    assert float(run.data.params["gamma"]) == svc.gamma
+
+
+def test_grid_search_leaves_table_and_heat_map_whose_best_pair_is_the_models(client):
+    (run,) = find_runs(client, "model_svm_rbf")
+    files = {file.path for file in client.list_artifacts(run.info.run_id, "grid_search")}
+    assert files == {"grid_search/heat_map.png", "grid_search/cv_results.csv"}
+    results = pd.read_csv(
+        mlflow.artifacts.download_artifacts(
+            run_id=run.info.run_id, artifact_path="grid_search/cv_results.csv"
+        )
+    )
+    assert len(results) == 144
+    best = results.loc[results["mean_test_score"].idxmax()]
+    assert float(run.data.params["C"]) == best["C"]
+    assert float(run.data.params["gamma"]) == best["gamma"]
+    folds = results[[f"split{fold}_test_score" for fold in range(5)]]
+    assert np.allclose(folds.mean(axis=1), results["mean_test_score"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_production_is_stage_and_alias_of_version_1(client, name):
+    version = client.get_model_version_by_alias(name, "production")
+    assert (version.version, version.current_stage) == ("1", "Production")
+    assert "SYNTHETIC" in version.description
+    assert version.tags["synthetic_data"] == "true"
+    assert version.run_id == find_runs(client, name)[0].info.run_id
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_production_model_answers_as_agreed(production, split, name):
+    answer = production[name].predict(split.X_test)
+    columns = [f"probability_{label}" for label in ("Dropout", "Enrolled", "Graduate")]
+    assert list(answer.columns) == ["prediction", *columns]
+    assert np.allclose(answer[columns].sum(axis=1), 1)
+    assert set(answer["prediction"]) == {"Dropout", "Enrolled", "Graduate"}
+    shuffled = split.X_test[split.X_test.columns[::-1]].astype("float64")
+    pd.testing.assert_frame_equal(production[name].predict(shuffled), answer, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logged_metrics_are_those_of_the_production_model(client, production, split, name):
+    answer, logged = production[name].predict(split.X_test), find_runs(client, name)[0].data.metrics
+    probabilities = answer.drop(columns="prediction").to_numpy()
+    y_true, y_pred = split.y_test, answer["prediction"]
+    expected = {
+        "accuracy": accuracy_score(y_true, y_pred),
+        "f1_micro": f1_score(y_true, y_pred, average="micro"),
+        "f1_macro": f1_score(y_true, y_pred, average="macro"),
+        "recall_macro": recall_score(y_true, y_pred, average="macro"),
+        "recall_Enrolled": recall_score(y_true, y_pred, labels=["Enrolled"], average=None)[0],
+        "log_loss": log_loss(y_true, probabilities),
+        "roc_auc_ovr": roc_auc_score(y_true, probabilities, multi_class="ovr"),
+    }
+    assert {metric: logged[metric] for metric in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_input_is_refused_by_name_and_unseen_category_answered(production, split, name):
+    few = split.X_test.head(3)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="GDP"):
+        production[name].predict(few.drop(columns="GDP"))
+    with pytest.raises(mlflow.exceptions.MlflowException, match="GDP"):
+        production[name].predict(few.assign(GDP="high"))
+    assert production[name].predict(few.assign(Course=987)).notna().all(axis=None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_carries_signature_and_input_example(production, split, name):
+    metadata = production[name].metadata
+    assert metadata.get_input_schema().input_names() == list(split.X_test.columns)
+    assert metadata.get_output_schema().input_names()[0] == "prediction"
+    assert metadata.saved_input_example_info is not None
+
+
+def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_run):
+    folder, _ = sample_run
+    before = set(files_below(folder / "mlruns"))
+    with connected(folder) as client:
+        first = {name: find_runs(client, name)[0] for name in NAMES}
+    result = run_series(folder, "--data", "sample", *ONE_PAIR)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert before <= set(files_below(folder / "mlruns"))
+    with connected(folder) as client:
+        for name in NAMES:
+            new, old = find_runs(client, name)
+            assert old.info.run_id == first[name].info.run_id
+            stages = {
+                version.version: version.current_stage
+                for version in client.search_model_versions(f"name = '{name}'")
+            }
+            assert stages == {"1": "Archived", "2": "Production"}
+            assert client.get_model_version_by_alias(name, "production").version == "2"
+            assert client.get_model_version(name, "2").run_id == new.info.run_id
+        network = find_runs(client, "model_conv_network")
+        same = {
+            metric: value for metric, value in network[0].data.metrics.items() if metric in METRICS
+        }
+        assert same == {metric: network[1].data.metrics[metric] for metric in same}
+        history = registry.history("model_svm_rbf")
+        assert history["from_version"].tolist() == ["1", None]
+        assert registry.rollback("model_svm_rbf", "trying the way back").version == "1"
+        assert client.get_model_version("model_svm_rbf", "2").current_stage == "Archived"
+
+
+def test_each_notebook_runs_alone_with_papermill_once_its_input_exists(tmp_path):
+    place = ("-p", "WORKSPACE", str(tmp_path / "ws"))
+    small = ("-y", "C_EXPONENTS: [0, 1]\nGAMMA_EXPONENTS: [-5, -4]")
+    arguments = {
+        "01_data_preparation": ("-p", "DATA_SOURCE", "sample"),
+        "02_cnn_training": ("-p", "EPOCHS", "6"),
+        "03_svm_grid_search": small,
+        "04_registry_promotion": (),
+    }
+    for name, more in arguments.items():
+        result = run_notebook(name, tmp_path / f"{name}.ipynb", *place, *more)
+        assert result.returncode == 0, name + result.stderr[-3000:]
+    with connected(tmp_path / "ws") as client:
+        for name in NAMES:
+            assert client.get_model_version_by_alias(name, "production").version == "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("02_cnn_training", "01_data_preparation"),
+        ("03_svm_grid_search", "01_data_preparation"),
+        ("04_registry_promotion", "01_data_preparation"),
+    ],
+)
+def test_notebook_without_its_input_names_the_one_to_run_first(tmp_path, name, first):
+    result = run_notebook(name, tmp_path / "out.ipynb", WORKSPACE=str(tmp_path / "ws"))
+    assert result.returncode != 0
+    assert f"MissingStepError: There is no prepared data in {tmp_path / 'ws'}" in result.stderr
+    assert first in result.stderr
+    assert 'File "' not in result.stderr.split("MissingStepError")[-1]
+
+
+def test_promotion_without_trained_models_names_both_notebooks(tmp_path):
+    place = ("-p", "WORKSPACE", str(tmp_path / "ws"))
+    run_notebook("01_data_preparation", tmp_path / "1.ipynb", *place, "-p", "DATA_SOURCE", "sample")
+    result = run_notebook("04_registry_promotion", tmp_path / "4.ipynb", *place)
+    assert result.returncode != 0
+    assert "02_cnn_training" in result.stderr
+    assert "03_svm_grid_search" in result.stderr
+
+
+def test_failing_notebook_is_named_with_cell_and_error_and_what_needs_it_is_not_run(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("a,b,Target\n" + "1,2,x\n" * 50, encoding="utf-8")
+    result = run_series(tmp_path / "ws", "--data", str(table))
+    assert result.returncode == 1
+    assert "FAILED: 01_data_preparation, cell" in result.stderr
+    assert "one class only" in result.stderr
+    assert "02_cnn_training: not run" in result.stdout
+    assert not list((tmp_path / "ws" / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "SEDE", "1"), "Did you mean SEED?"),
+        (("-p", "SEED", "one"), "SEED must be a whole number"),
+        (("-p", "TEST_SIZE", "7"), "TEST_SIZE must be between 0.05 and 0.5"),
+        (("--only", "09"), "there is no notebook '09'"),
+    ],
+)
+def test_wrong_command_line_is_refused_before_anything_is_made(tmp_path, arguments, message):
+    result = run_series(tmp_path / "ws", *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "ws" / "data" / "manifest.json").exists()
+
+
+def test_no_server_at_the_tracking_uri_is_said_before_training(tmp_path):
+    result = run_series(
+        tmp_path / "ws", "--data", "sample", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
+    )
+    assert result.returncode == 1
+    assert "No MLflow server answers at MLFLOW_TRACKING_URI = http://127.0.0.1:9" in result.stderr
+
+
+@pytest.mark.slow
+def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
+    folder = tmp_path / "ws"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "helpers.run", "--workspace", str(folder), "--data", "sample"],
+        cwd=PROJECT_ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 180
+    while not list((folder / "mlruns").glob("*/*/artifacts")) and time.monotonic() < deadline:
+        # The network's learning curves are there: the grid search is in its middle.
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors
+    with connected(folder) as client:
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        statuses = {run.info.status for run in client.search_runs(experiments)}
+    assert "RUNNING" not in statuses
+    assert "KILLED" in statuses
+    result = run_series(folder, "--data", "sample", "--resume", *ONE_PAIR)
+    assert "01_data_preparation: skipped, done and unchanged" in result.stdout
+    assert "03_svm_grid_search: runs, not finished yet" in result.stdout
+    assert result.returncode == 0, result.stderr
+    again = run_series(folder, "--data", "sample", "--resume", *ONE_PAIR)
+    assert again.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS)
+    changed = run_series(
+        folder, "--data", "sample", "--resume", *ONE_PAIR, "-p", "MAX_LOSS", "0.02"
+    )
+    assert changed.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS) - 1
+    assert "04_registry_promotion: runs, its notebook, parameters" in changed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ["kaggle_students.csv", "uci697.csv"])
+def test_series_runs_on_the_real_tables(tmp_path, real_data, table):
+    full = table.startswith("kaggle")
+    arguments = () if full else ONE_PAIR
+    result = run_series(tmp_path, "--data", str(real_data / table), *arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    with connected(tmp_path) as client:
+        for name, least in {"model_conv_network": 0.765, "model_svm_rbf": 0.77}.items():
+            (run,) = find_runs(client, name)
+            assert run.data.metrics["accuracy"] > least
+            assert run.data.tags["synthetic_data"] == "false"
+            version = client.get_model_version_by_alias(name, "production")
+            assert "SYNTHETIC" not in version.description
+        if full:
+            params = find_runs(client, "model_svm_rbf")[0].data.params
+            assert (float(params["C"]), float(params["gamma"])) == (2, 0.03125)
+
+
+@pytest.mark.slow
+def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
+    rng = np.random.default_rng(0)
+    kinds = rng.choice(["red", "green", "blue"], 600)
+    size = rng.normal(size=600)
+    size[rng.random(600) < 0.1] = np.nan
+    label = np.where(np.nan_to_num(size) + (kinds == "red") > 0.6, "1", "0")
+    frame = pd.DataFrame({"colour": kinds, "size": size, "zone": rng.integers(1, 5, 600)})
+    frame["id"] = [f"row-{number}" for number in range(600)]
+    frame["label"] = label
+    path = tmp_path / "own table.csv"
+    frame.to_csv(path, index=False, sep=";", decimal=",")
+    result = run_series(
+        *(tmp_path / "ws", "--data", str(path), "-p", "TARGET", "label"),
+        *("-p", "CATEGORICAL", '["zone"]', "-p", "DROP", "id", "-p", "EPOCHS", "10", *ONE_PAIR),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    manifest = json.loads((tmp_path / "ws" / "data" / "manifest.json").read_text())
+    assert manifest["categorical"] == ["colour", "zone"]
+    with connected(tmp_path / "ws"):
+        for name in NAMES:
+            answer = registry.load_production(name).predict(frame.drop(columns=["id", "label"]))
+            assert set(answer["prediction"]) <= {0, 1}
+            assert list(answer.columns[1:]) == ["probability_0", "probability_1"]
