@@ -12,7 +12,11 @@ os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
 from dataclasses import dataclass
 
-import keras
+from helpers.display import COLOURS, new_figure, silenced_libraries
+
+with silenced_libraries():
+    import keras
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -21,7 +25,6 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from helpers import tracking
-from helpers.display import COLOURS, new_figure
 from helpers.preprocessing import make_preprocessor
 from helpers.workspace import ParameterError
 

@@ -229,6 +229,17 @@ def _clean_header(names, source):
     return names
 
 
+def _check_widths(text, delimiter, width, source):
+    """Refuse rows with more or fewer fields than the header; pandas would fill them up."""
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    for row in reader:
+        if len(row) not in (0, width) and any(field.strip() for field in row):
+            raise DataError(
+                f"{source} is not a well-formed CSV file: line {reader.line_num} has {len(row)} "
+                f"fields, the header has {width}."
+            )
+
+
 def _parse(content, source):
     """Read the bytes of a CSV as a frame of texts, missing values as NaN."""
     text = _decode(_unpack(content, source), source)
@@ -236,6 +247,7 @@ def _parse(content, source):
         raise DataError(f"{source} is empty. Give DATA_SOURCE a CSV with a header and rows.")
     delimiter = _find_delimiter(text, source)
     names = _clean_header(next(csv.reader(io.StringIO(text), delimiter=delimiter)), source)
+    _check_widths(text, delimiter, len(names), source)
     try:
         frame = pd.read_csv(
             io.StringIO(text),
@@ -590,7 +602,7 @@ def _most_telling(table, most):
 
 
 def plot_numeric_by_class(table, most=12):
-    """Draw box plots of numeric features by class.
+    """Draw numeric features by class: box plots, or the share of ones for 0/1 columns.
 
     Parameters
     ----------
@@ -614,9 +626,15 @@ def plot_numeric_by_class(table, most=12):
     groups = list(table.frame.groupby(table.target))
     for axis, name in zip(axes.flat, names, strict=False):
         values = [group[name].dropna().astype(float) for _, group in groups]
-        axis.boxplot(values, widths=0.6, flierprops={"markersize": 2})
+        if set(table.frame[name].dropna().unique()) <= {0, 1}:
+            # A box plot of zeros and ones shows nothing; the share of ones does.
+            shares = [column.mean() for column in values]
+            axis.bar(range(1, len(groups) + 1), shares, width=0.6, color=COLOURS["info"])
+            axis.set(ylim=(0, 1), ylabel="share of 1")
+        else:
+            axis.boxplot(values, widths=0.6, flierprops={"markersize": 2})
         axis.set_xticks(range(1, len(groups) + 1), [str(label) for label, _ in groups])
-        axis.set_title(name if len(name) < 34 else name[:32] + "…", fontsize=8)
+        axis.set_title(name if len(name) < 40 else name[:38] + "…", fontsize=7.5)
         axis.tick_params(labelsize=7, axis="both")
         if len(groups) > 4:
             axis.tick_params(axis="x", rotation=90)

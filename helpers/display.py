@@ -1,11 +1,14 @@
 """What a notebook shows besides tables: notices, and one look for all plots."""
 
 import html
+import os
 import sys
+from contextlib import contextmanager
 
 import matplotlib
 from matplotlib.figure import Figure
 
+STDERR = 2  # number of the error stream
 COLOURS = {"info": "#1f77b4", "good": "#2ca02c", "warning": "#ff7f0e", "bad": "#d62728"}
 
 
@@ -13,6 +16,23 @@ def _in_notebook():
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return getattr(shell, "kernel", None) is not None
+
+
+@contextmanager
+def silenced_libraries():
+    """Keep what C++ libraries write to the error stream out of the notebook.
+
+    TensorFlow reports there, before any of its settings takes effect, that there is no GPU.
+    Python's own messages and exceptions are not affected.
+    """
+    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    try:
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def notice(text, level="info"):

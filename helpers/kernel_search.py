@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 from joblib import cpu_count
+from scipy.stats import rankdata
 from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone
 from sklearn.metrics import check_scoring
 from sklearn.metrics.pairwise import euclidean_distances
@@ -201,7 +202,11 @@ class KernelGridSearch(MetaEstimatorMixin, BaseEstimator):
         grid = {names[key]: list(values) for key, values in self.param_grid.items()}
         params = list(ParameterGrid(grid))
         flat, seconds = (part.reshape(len(scores), -1) for part in (scores, times))
-        results = {
+        # One row per pair in memory, as in scikit-learn: the same sums in the same order, so
+        # that nearly equal means have the same order and the same pair wins.
+        rows = np.ascontiguousarray(flat.T)
+        means = np.average(rows, axis=1)
+        return {
             "mean_fit_time": seconds.mean(axis=0),
             "std_fit_time": seconds.std(axis=0),
             **{
@@ -210,15 +215,10 @@ class KernelGridSearch(MetaEstimatorMixin, BaseEstimator):
             },
             "params": params,
             **{f"split{number}_test_score": part for number, part in enumerate(flat)},
-            "mean_test_score": flat.mean(axis=0),
-            "std_test_score": flat.std(axis=0),
+            "mean_test_score": means,
+            "std_test_score": np.sqrt(np.average((rows - means[:, None]) ** 2, axis=1)),
+            "rank_test_score": rankdata(-means, method="min").astype("int32"),
         }
-        # Ties within rounding share a rank, as in scikit-learn, and the first of them wins.
-        rounded = np.round(results["mean_test_score"], 12)
-        results["rank_test_score"] = (1 + (rounded[None, :] > rounded[:, None]).sum(axis=1)).astype(
-            "int32"
-        )
-        return results
 
     def fit(self, X, y):
         """Search the grid.

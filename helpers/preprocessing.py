@@ -7,8 +7,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, OneHotEncoder, StandardScaler
 
 # Both numbers were chosen by cross-validation on training rows of the students' table.
-RARE_LEVEL = 10  # training rows below which levels of a category are pooled
-OUTLIER = 3.0  # standard deviations at which numbers are cut off
+RARE_LEVEL = 20  # training rows below which levels of a category are pooled
+OUTLIER = 2.0  # standard deviations at which numbers are cut off
 
 
 def make_preprocessor(numeric, categorical):

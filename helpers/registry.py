@@ -7,6 +7,7 @@ experiment ``promotions``, so the history is in MLflow itself and nothing in it 
 
 import pickle
 import warnings
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ LOAD_ERRORS = (
     LookupError,
     EOFError,
     pickle.UnpicklingError,
+    zlib.error,
 )
 
 # Registered model: (experiment, run, notebook that makes it)
@@ -119,7 +121,11 @@ def load_production(name):
     -------
     mlflow.pyfunc.PyFuncModel
     """
-    return mlflow.pyfunc.load_model(f"models:/{name}@{ALIAS}")
+    version = production_version(name)
+    if version is not None and ALIAS not in version.aliases:
+        # Promoted by hand in the UI, which sets the stage alone.
+        return tracking.load_model(f"models:/{name}/{version.version}")
+    return tracking.load_model(f"models:/{name}@{ALIAS}")
 
 
 # --- candidates -------------------------------------------------------------------------------
@@ -156,7 +162,7 @@ class Candidate:
     @cached_property
     def model(self):
         """The model, loaded back from the server as a client would."""
-        return mlflow.pyfunc.load_model(self.model_uri)
+        return tracking.load_model(self.model_uri)
 
     @cached_property
     def answer(self):
@@ -197,7 +203,7 @@ class Champion:
     @cached_property
     def model(self):
         """The model, loaded as a client would."""
-        return mlflow.pyfunc.load_model(f"models:/{self.version.name}/{self.version.version}")
+        return tracking.load_model(f"models:/{self.version.name}/{self.version.version}")
 
     @property
     def same_columns(self):
@@ -603,14 +609,11 @@ def promote(name, version, reason, by=None):
     version = str(version)
     _require_version(name, version)
     current = production_version(name)
-    if current and current.version == version and _is_complete(current):
+    if current and current.version == version and ALIAS in current.aliases:
+        if current.current_stage != STAGE:
+            _set_stage(name, version)
         return current
     return _move_to_production("promote", name, version, reason, tracking.user_name(by))
-
-
-def _is_complete(version):
-    """Tell whether a version has both the alias and the stage."""
-    return ALIAS in version.aliases and version.current_stage in (STAGE, None)
 
 
 def _require_version(name, version):
@@ -645,11 +648,11 @@ def rollback(name, reason, by=None):
     RegistryError
         If there is nothing to go back to.
     """
-    line = _production_line(name)
-    if len(line) < 2:
+    known = {version.version for version in _versions(name)}
+    earlier = [version for version in _production_line(name)[:-1] if version in known]
+    if not earlier:
         raise RegistryError(f"{name!r} has no earlier version in Production to go back to.")
-    _require_version(name, line[-2])
-    return _move_to_production("rollback", name, line[-2], reason, tracking.user_name(by))
+    return _move_to_production("rollback", name, earlier[-1], reason, tracking.user_name(by))
 
 
 def _production_line(name):

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from helpers import server
+from helpers.display import STDERR
 from helpers.workspace import (
     PROJECT_ROOT,
     SETTINGS,
@@ -35,7 +36,6 @@ from helpers.workspace import (
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 SUMMARY = ("accuracy", "f1_macro", "log_loss")
-STDERR = 2  # number of the error stream
 
 
 @dataclass(frozen=True)

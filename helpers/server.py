@@ -7,6 +7,7 @@ notebook goes on, so that its UI can be looked at, until `stop_server`.
 
 import argparse
 import atexit
+import http.client
 import json
 import os
 import socket
@@ -66,14 +67,13 @@ class Server:
 
 def answers(url, timeout=2.0):
     """Tell whether an MLflow server answers at `url` within `timeout` seconds."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/health")
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout) as response:
             return response.status == 200 and response.read(16).strip() == b"OK"
     except urllib.error.HTTPError as error:
         # A server that asks for a password is there.
         return error.code == 401
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -267,9 +267,20 @@ def _stop(server):
         return
     for member in family:
         _signal(member, "terminate")
-    _, stubborn = psutil.wait_procs(family, timeout=10)
-    for member in stubborn:
-        _signal(member, "kill")
+    end = time.monotonic() + 10
+    while any(_exists(member) for member in family) and time.monotonic() < end:
+        time.sleep(0.05)
+    for member in family:
+        if _exists(member):
+            _signal(member, "kill")
+
+
+def _exists(process):
+    """Tell whether a process runs; one that ended but was not reaped does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _signal(process, action):

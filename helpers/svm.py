@@ -56,9 +56,10 @@ def make_grid(C_exponents, gamma_exponents):
             values = sorted({2.0 ** float(exponent) for exponent in exponents})
         except (TypeError, ValueError, OverflowError):
             values = []
-        if not values:
+        if not values or not all(0 < value < np.inf for value in values):
             raise ParameterError(
-                f"{name}_EXPONENTS must be a list of numbers such as [-5, 0, 6], not {exponents!r}."
+                f"{name.upper()}_EXPONENTS must be a list of numbers such as [-5, 0, 6], "
+                f"not {exponents!r}."
             )
         grid[name] = values
     return grid
@@ -159,7 +160,7 @@ def warn_on_edge(searcher, grid):
         notice(
             f"The best {name} = {best_pair(searcher)[name]:g} lies on the edge of the grid "
             f"({min(grid[name]):g} … {max(grid[name]):g}). A better value may lie outside: "
-            f"widen {name}_EXPONENTS and search again.",
+            f"widen {name.upper()}_EXPONENTS and search again.",
             level="warning",
         )
 

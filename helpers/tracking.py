@@ -26,6 +26,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 
 from helpers import server
+from helpers.display import silenced_libraries
 from helpers.evaluation import compute_metrics, plot_confusion_matrix
 
 INTERFACE = Path(__file__).with_name("model_interface.py")
@@ -72,10 +73,30 @@ def _quiet():
     """Keep remarks out of the notebook that a reader can do nothing about."""
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    logging.getLogger("mlflow.types.utils").setLevel(logging.ERROR)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*type hint.*", module="mlflow.*")
-    warnings.filterwarnings("ignore", message=".*dataset source type.*")
+    for name in ("mlflow.pyfunc", "mlflow.store.model_registry.abstract_store", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*Add type hints to the `predict` method",
+        "Hint: Inferred schema contains integer column",
+        "The specified dataset source can be interpreted in multiple ways",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def load_model(uri):
+    """Load a model from the server as any client would.
+
+    Parameters
+    ----------
+    uri : str
+        Such as ``models:/model_svm_rbf@production``.
+
+    Returns
+    -------
+    mlflow.pyfunc.PyFuncModel
+    """
+    with silenced_libraries():
+        return mlflow.pyfunc.load_model(uri)
 
 
 # --- runs -------------------------------------------------------------------------------------
@@ -419,7 +440,7 @@ def evaluate_logged_model(model_info, split):
     answer : pandas.DataFrame
         The model's answer to the test rows.
     """
-    answer = mlflow.pyfunc.load_model(model_info.model_uri).predict(split.X_test)
+    answer = load_model(model_info.model_uri).predict(split.X_test)
     metrics = compute_metrics(split.y_test, answer, split.labels)
     mlflow.log_metrics(metrics, model_id=model_info.model_id)
     title = f"Confusion matrix, {len(answer):,} test rows"

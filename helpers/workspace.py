@@ -70,6 +70,7 @@ class Setting:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple | None = None
+    texts: bool = False
 
 
 SETTINGS = {
@@ -80,9 +81,9 @@ SETTINGS = {
     "DATA_SOURCE": Setting(str, "`auto`, `uci`, `sample`, or a path or URL of a CSV"),
     "TARGET": Setting(str, "name of the column to predict"),
     "CATEGORICAL": Setting(
-        list, "columns whose numbers are codes (default: inferred)", optional=True
+        list, "columns whose numbers are codes (default: inferred)", optional=True, texts=True
     ),
-    "DROP": Setting(list, "columns to leave out, such as identifiers", optional=True),
+    "DROP": Setting(list, "columns to leave out, such as identifiers", optional=True, texts=True),
     "TEST_SIZE": Setting(
         float, "share of the rows held out for the test", minimum=0.05, maximum=0.5
     ),
@@ -159,8 +160,13 @@ def _checked(name, value):
             f"{name} must be {wanted.get(setting.kind, 'True or False')} "
             f"({setting.description}), not {value!r}."
         )
+    if setting.texts and not all(isinstance(item, str) for item in value):
+        raise ParameterError(
+            f"{name} must be a list of texts ({setting.description}), not {value!r}."
+        )
     low, high = setting.minimum, setting.maximum
-    if (low is not None and value < low) or (high is not None and value > high):
+    # Written so that NaN, which is neither below nor above, is refused too.
+    if (low is not None and not value >= low) or (high is not None and not value <= high):
         bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
         raise ParameterError(f"{name} must be {bounds} ({setting.description}), not {value!r}.")
     if setting.kind is float:

@@ -1,0 +1,128 @@
+"""Parts that all tests share: a workspace, small and real tables, a running MLflow server."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import data, server, tracking
+from helpers.workspace import PROJECT_ROOT, open_workspace
+
+URI = "MLFLOW_TRACKING_URI"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than a few seconds (deselect: not slow)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_team_server():
+    """Keep the session's fixtures away from a server that the environment names."""
+    before = os.environ.pop(URI, None)
+    yield
+    os.environ.pop(URI, None)
+    if before is not None:
+        os.environ[URI] = before
+
+
+@pytest.fixture(autouse=True)
+def _no_tracking_uri(_no_team_server):
+    """Start and leave each test without the variable, which MLflow sets itself."""
+    os.environ.pop(URI, None)
+    os.environ.pop("WORKSPACE", None)
+    yield
+    os.environ.pop(URI, None)
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return open_workspace(tmp_path / "ws")
+
+
+def make_small_frame(rows=150, seed=0):
+    """Make a learnable table: 3 numbers, a text category, an integer code, 3 classes."""
+    random = np.random.default_rng(seed)
+    labels = np.array(["high", "low", "middle"])[np.arange(rows) % 3]
+    level = pd.Series(labels).map({"low": 0.0, "middle": 1.5, "high": 3.0}).to_numpy()
+    shift = (level / 1.5).astype(int)
+    frame = pd.DataFrame(
+        {
+            "length": (level + random.normal(0, 0.7, rows)).round(4),
+            "width": (10 - 2 * level + random.normal(0, 2.0, rows)).round(3),
+            "age": random.integers(18, 60, rows),
+            "city": np.array(["Faro", "Lisboa", "Porto"])[
+                np.where(random.random(rows) < 0.6, shift, random.integers(0, 3, rows))
+            ],
+            "course": np.array([33, 171, 9254])[
+                np.where(random.random(rows) < 0.5, shift, random.integers(0, 3, rows))
+            ],
+            "Target": labels,
+        }
+    )
+    return frame.sample(frac=1, random_state=seed).reset_index(drop=True)
+
+
+@pytest.fixture(scope="session")
+def small_frame():
+    """A fresh copy of the small table at each call; ``rows`` and ``seed`` can be chosen."""
+    return make_small_frame
+
+
+@pytest.fixture
+def small_csv(tmp_path):
+    """Write the small table as a CSV: ``small_csv(name, rows=…, seed=…, **to_csv options)``."""
+
+    def write(name="small.csv", rows=150, seed=0, **options):
+        path = tmp_path / name
+        make_small_frame(rows, seed).to_csv(path, **{"index": False, **options})
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_split(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small_split")
+    path = folder / "small.csv"
+    make_small_frame().to_csv(path, index=False)
+    table = data.load_table(str(path), open_workspace(folder / "ws"), categorical=["course"])
+    return data.split_table(table)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    default = PROJECT_ROOT.parent / "shared" / "data"
+    folder = Path(os.environ.get("REAL_DATA_DIR") or default)
+    if not (folder / "kaggle_students.csv").is_file() or not (folder / "uci697.csv").is_file():
+        pytest.skip(
+            f"no kaggle_students.csv and uci697.csv in {folder}; set REAL_DATA_DIR to their folder"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def running_server(tmp_path_factory, _no_team_server):
+    """A real MLflow server: ``workspace``, ``url``, and ``connect()`` for fixtures of any scope."""
+    ws = open_workspace(tmp_path_factory.mktemp("tracking") / "ws")
+    url = tracking.connect(ws, keep=False)
+
+    def connect():
+        mlflow.set_tracking_uri(url)
+        mlflow.set_registry_uri(url)
+        os.environ.pop(URI, None)
+
+    yield SimpleNamespace(workspace=ws, url=url, connect=connect)
+    server.stop_server(ws)
+
+
+@pytest.fixture
+def tracking_server(running_server):
+    """The running server, with this process connected to it."""
+    running_server.connect()
+    yield running_server
+    running_server.connect()
+    mlflow.end_run("KILLED")
