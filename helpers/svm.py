@@ -3,6 +3,7 @@
 import mlflow
 import numpy as np
 import pandas as pd
+from joblib import parallel_config
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline
@@ -96,7 +97,7 @@ def search(split, grid, folds=5, n_jobs=-1):
     return searcher.fit(split.X_train, split.y_train)
 
 
-def fit_best(split, C, gamma, folds=5):
+def fit_best(split, C, gamma, folds=5, n_jobs=-1):
     """Fit the SVM of one pair on all training rows, with class probabilities.
 
     An SVM gives scores, not probabilities. Platt's sigmoids [1]_, fitted to the scores of rows
@@ -108,6 +109,8 @@ def fit_best(split, C, gamma, folds=5):
     C, gamma : float
     folds : int
         Folds of the calibration.
+    n_jobs : int
+        Threads; -1: one per core.
 
     Returns
     -------
@@ -123,7 +126,8 @@ def fit_best(split, C, gamma, folds=5):
     calibrated = CalibratedClassifierCV(
         pipeline, method="sigmoid", cv=StratifiedKFold(folds), ensemble=False
     )
-    return calibrated.fit(split.X_train, split.y_train)
+    with parallel_config("threading", n_jobs=n_jobs):
+        return calibrated.fit(split.X_train, split.y_train)
 
 
 def best_pair(searcher):
