@@ -17,6 +17,9 @@ from helpers.display import COLOURS, new_figure, silenced_libraries
 with silenced_libraries():
     import keras
 
+    # Wakes the devices up, so that TensorFlow says here, not in a notebook, what is missing.
+    keras.distribution.list_devices()
+
 import mlflow
 import numpy as np
 import pandas as pd

@@ -138,7 +138,7 @@ class TabularClassifier(mlflow.pyfunc.PythonModel):
             network = _load_network(folder)
             self._probabilities = lambda frame: network(preprocessor.transform(frame))
 
-    def predict(self, context, model_input, params=None):
+    def predict(self, context, model_input: pd.DataFrame, params=None):
         """Classify rows.
 
         Parameters

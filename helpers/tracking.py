@@ -76,7 +76,6 @@ def _quiet():
     for name in ("mlflow.pyfunc", "mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        ".*Add type hints to the `predict` method",
         "Hint: Inferred schema contains integer column",
         "The specified dataset source can be interpreted in multiple ways",
     ):

@@ -1,0 +1,81 @@
+"""The project itself: documents that say what the code does, notebooks that read well."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from helpers.run import STEPS, declared_parameters
+from helpers.workspace import PROJECT_ROOT, SETTINGS
+
+README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_readme_documents_every_parameter_with_its_notebooks():
+    for number, step in STEPS.items():
+        for name in declared_parameters(step):
+            assert name in SETTINGS
+            row = re.search(rf"^\| `{name}` \|.*\| (all|[\d, ]+) \|.*$", README, re.MULTILINE)
+            assert row, name
+            assert row.group(1) == "all" or number in row.group(1), name
+
+
+def test_readme_defaults_are_those_of_the_notebooks():
+    for path in NOTEBOOKS:
+        (cell,) = [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
+        for node in ast.parse("".join(cell["source"])).body:
+            name, default = node.targets[0].id, ast.unparse(node.value)
+            shown = "[-5, …, 6]" if name.endswith("_EXPONENTS") else default
+            assert f"| `{name}` | `{shown}` |" in README
+
+
+def test_readme_names_no_file_that_is_not_there():
+    for name in set(re.findall(r"`((?:helpers|tests|notebooks)/[\w./]+)`", README)):
+        assert (PROJECT_ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_without_outputs_and_with_a_sentence_before_each_cell(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert cells[0]["cell_type"] == "markdown"
+    for before, cell in zip(cells, cells[1:], strict=False):
+        if cell["cell_type"] == "code":
+            assert before["cell_type"] == "markdown"
+            assert not cell["outputs"]
+            assert cell["execution_count"] is None
+            assert len("".join(cell["source"]).splitlines()) <= 25
+
+
+def test_helpers_other_than_the_network_do_not_import_tensorflow():
+    code = (
+        "import sys; import helpers.registry, helpers.svm, helpers.run, helpers.data;"
+        "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
+
+
+def test_requirements_name_every_library_that_the_helpers_import():
+    lines = (PROJECT_ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    named = {re.match(r"[\w.-]+", line).group() for line in lines if line and line[0] != "#"}
+    imported = set()
+    for path in (PROJECT_ROOT / "helpers").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    packages = {"sklearn": "scikit-learn"}
+    # Keras and joblib come with TensorFlow and scikit-learn, IPython and the clients of
+    # notebooks with ipykernel and papermill.
+    brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient"}
+    foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought
+    assert {packages.get(name, name) for name in foreign} <= named
