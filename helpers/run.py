@@ -137,7 +137,7 @@ def distribute(parameters, steps):
             close = difflib.get_close_matches(name.upper(), every, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ParameterError(
-                f"No notebook that runs has a parameter {name}.{hint} There are: "
+                f"No notebook has a parameter {name}.{hint} There are: "
                 f"{', '.join(sorted(every))}."
             )
     check_parameters(**{name: value for name, value in parameters.items() if name in SETTINGS})
@@ -439,7 +439,7 @@ def summarize(workspace):
     if os.environ.get("MLFLOW_TRACKING_URI"):
         lines.append(f"Look at it: {uri}")
     else:
-        lines.append(f"Look at it: python -m helpers.server --workspace {workspace.root}")
+        lines.append(f"Look at it: {server.command_line(workspace)}")
     return "\n".join(lines)
 
 
@@ -490,8 +490,6 @@ def _run(options):
     parameters = _parameters(options)
     workspace = open_workspace(options.workspace or parameters.pop("WORKSPACE", None))
     every = distribute(parameters, STEPS)
-    if options.only:
-        distribute(parameters, {number: STEPS[number] for number in options.only})
     _separate_kernel_messages(workspace)
     with_models = not options.only or set(options.only) != {"01"}
     if with_models:

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import psutil
 from filelock import FileLock
@@ -348,6 +349,22 @@ def connect(workspace, keep=None):
     return uri
 
 
+def command_line(workspace):
+    """Return the command that shows the UI of a workspace, to be copied to a terminal.
+
+    Parameters
+    ----------
+    workspace : helpers.workspace.Workspace
+
+    Returns
+    -------
+    str
+    """
+    python, here = Path(sys.executable), Path.cwd()
+    python = python.relative_to(here) if python.is_relative_to(here) else python
+    return f"{python} -m helpers.server --workspace {workspace.root}"
+
+
 def main(arguments=None):
     """Start, find or stop the workspace's server from the command line.
 
@@ -378,7 +395,7 @@ def main(arguments=None):
     except ProjectError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(f"The MLflow UI is at {server.url}; stop it with: python -m helpers.server --stop")
+    print(f"The MLflow UI is at {server.url}; stop it with: {command_line(workspace)} --stop")
     return 0
 
 
