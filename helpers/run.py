@@ -137,8 +137,7 @@ def distribute(parameters, steps):
             close = difflib.get_close_matches(name.upper(), every, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ParameterError(
-                f"No notebook has a parameter {name}.{hint} There are: "
-                f"{', '.join(sorted(every))}."
+                f"No notebook has a parameter {name}.{hint} There are: {', '.join(sorted(every))}."
             )
     check_parameters(**{name: value for name, value in parameters.items() if name in SETTINGS})
     return {
