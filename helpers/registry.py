@@ -128,6 +128,25 @@ def load_production(name):
     return tracking.load_model(f"models:/{name}@{ALIAS}")
 
 
+def load_all_production():
+    """Load every model of the series that is in Production, as a client would.
+
+    Returns
+    -------
+    dict of str to mlflow.pyfunc.PyFuncModel
+        By name.
+
+    Raises
+    ------
+    helpers.workspace.MissingStepError
+        If none is.
+    """
+    names = [name for name in MODELS if production_version(name)]
+    if not names:
+        raise MissingStepError("No model is in Production. Run 04_registry_promotion first.")
+    return {name: load_production(name) for name in names}
+
+
 # --- candidates -------------------------------------------------------------------------------
 
 

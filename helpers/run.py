@@ -17,12 +17,13 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from helpers import server
+from helpers import access, server
 from helpers.display import STDERR
 from helpers.workspace import (
     PROJECT_ROOT,
@@ -65,7 +66,10 @@ STEPS = {
     "02": Step("02_cnn_training", ("01",)),
     "03": Step("03_svm_grid_search", ("01",)),
     "04": Step("04_registry_promotion", ("02", "03")),
+    "05": Step("05_serving_and_monitoring", ("04",)),
 }
+# Parameters of who may see the UI: no result depends on them.
+UI_PARAMETERS = ("EXPOSE_UI", "UI_USERS", "ALLOW_UI_WITHOUT_PASSWORD")
 
 
 class NotebookFailedError(ProjectError):
@@ -170,6 +174,7 @@ def fingerprints(parameters):
     digests = {}
     for number, step in STEPS.items():
         own = parameters.get(number, {})
+        own = {name: value for name, value in own.items() if name not in UI_PARAMETERS}
         parts = [_source_of_cells(step.path), helpers, json.dumps(own, sort_keys=True)]
         source = str(own.get("DATA_SOURCE", ""))
         if source and Path(source).is_file():
@@ -237,7 +242,7 @@ def _has_results(number, workspace):
         if number == "01":
             return True
         tracking.connect(workspace, keep=False)
-        if number == "04":
+        if number in ("04", "05"):
             return all(registry.production_version(name) for name in registry.MODELS)
         experiment, run_name = {
             "02": ("conv_network", "default_logistic"),
@@ -495,12 +500,41 @@ def _run(options):
         server.prepare(workspace, keep=False)
     digests = fingerprints(every)
     numbers = select_steps(options.only, options.resume, digests, Record(workspace), report)
-    failures = run_steps(numbers, every, digests, workspace, report)
+    with _exposed_ui(workspace, parameters, report) if with_models else nullcontext():
+        failures = run_steps(numbers, every, digests, workspace, report)
     if with_models:
         print(f"\n{summarize(workspace)}", flush=True)
     for failure in failures:
         print(f"\nFAILED: {failure}", file=sys.stderr, flush=True)
     return 1 if failures else 0
+
+
+@contextmanager
+def _exposed_ui(workspace, parameters, report):
+    """Show the UI at a public address for the whole run, where that is wanted.
+
+    The notebooks find this tunnel; one that a notebook opens ends with its kernel.
+    """
+    names = dict(zip(UI_PARAMETERS, ("expose", "users", "without_password"), strict=True))
+    given = {names[name]: parameters[name] for name in UI_PARAMETERS if name in parameters}
+    if not given.get("expose", True) or access.find_secret(access.NGROK_TOKEN) is None:
+        yield
+        return
+    from helpers import tunnel
+
+    def show():
+        try:
+            report(str(tunnel.show_ui(workspace, **given, keep=False)))
+        except ProjectError as error:
+            # The notebook that asks for it will fail with the same message.
+            report(f"The MLflow UI is not public: {error}")
+
+    opening = threading.Thread(target=show)
+    opening.start()
+    try:
+        yield
+    finally:
+        opening.join()
 
 
 def _separate_kernel_messages(workspace):

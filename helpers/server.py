@@ -22,12 +22,19 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from helpers import access
 from helpers.display import notice
-from helpers.workspace import ProjectError, atomic_path, is_interactive, open_workspace
+from helpers.workspace import (
+    PROJECT_ROOT,
+    ProjectError,
+    atomic_path,
+    is_interactive,
+    open_workspace,
+)
 
 HOST = "127.0.0.1"
 PORT = 5000
-START_TIMEOUT = 180  # seconds; a cold start takes 15 to 30 on two cores
+START_TIMEOUT = 180  # seconds; a start takes about 10 on two cores
 
 
 class ServerError(ProjectError):
@@ -93,7 +100,7 @@ def _state_path(workspace):
 
 
 def _lock(workspace):
-    workspace.server.mkdir(parents=True, exist_ok=True)
+    workspace.server.mkdir(mode=0o700, parents=True, exist_ok=True)
     return FileLock(workspace.server / "lock")
 
 
@@ -131,34 +138,26 @@ def _free_port(wanted):
     raise ServerError(f"No free port between {wanted} and {wanted + 99} for the MLflow server.")
 
 
-def _command(workspace, port):
-    return [
-        sys.executable,
-        *("-m", "mlflow", "server"),
-        *("--backend-store-uri", f"sqlite:///{workspace.tracking_db.as_posix()}"),
-        *("--artifacts-destination", workspace.artifacts.as_uri()),
-        *("--host", HOST, "--port", str(port)),
-        # One worker serves a notebook's requests and is there sooner than the default four.
-        *("--workers", "1"),
-    ]
+def _environment():
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.getenv("PYTHONPATH")])),
+        "PYTHONWARNINGS": "ignore",
+    }
+    # A Colab secret can be read in the notebook only.
+    password = access.find_secret(access.ADMIN_PASSWORD)
+    return {**environment, **({access.ADMIN_PASSWORD: password} if password else {})}
 
 
 def _launch(workspace, port, keep):
-    environment = {
-        **os.environ,
-        # The job workers serve features of language-model evaluation; they only cost time here.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PYTHONWARNINGS": "ignore",
-    }
-    environment.pop("MLFLOW_TRACKING_URI", None)
+    command = [sys.executable, "-m", "helpers.server_app"]
     with (workspace.server / "log.txt").open("ab") as log:
         process = subprocess.Popen(
-            _command(workspace, port),
+            [*command, "--workspace", str(workspace.root), "--port", str(port)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=_environment(),
             cwd=workspace.root,
             # An interrupt of the notebook must not reach the server: the run is still to be
             # marked as failed there.

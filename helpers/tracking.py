@@ -25,11 +25,12 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 
-from helpers import server
+from helpers import access, server
 from helpers.display import silenced_libraries
 from helpers.evaluation import compute_metrics, plot_confusion_matrix
 
 INTERFACE = Path(__file__).with_name("model_interface.py")
+USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 MODEL_FILES = {"classifier": "classifier.joblib", "preprocessor": "preprocessor.joblib"}
 
 
@@ -61,12 +62,22 @@ def connect(workspace, keep=None):
     named = "MLFLOW_TRACKING_URI" in os.environ
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    if not named:
+    if named:
+        _sign_out()
+    else:
         # MLflow sets the variable itself; here it means a server that the user named.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
+        os.environ[USER] = access.NOTEBOOKS
+        os.environ[PASSWORD] = access.stored_secret(workspace, access.NOTEBOOKS)
     _quiet()
     close_abandoned_runs()
     return uri
+
+
+def _sign_out():
+    """Forget the account of a workspace's server: a team's server has users of its own."""
+    if os.environ.get(USER) == access.NOTEBOOKS:
+        del os.environ[USER], os.environ[PASSWORD]
 
 
 def _quiet():
@@ -412,9 +423,10 @@ def log_model(split, **parts):
 
 
 def user_name(name=None):
-    """Return who acts: `name`, else the MLflow or system user."""
-    if name or os.environ.get("MLFLOW_TRACKING_USERNAME"):
-        return name or os.environ["MLFLOW_TRACKING_USERNAME"]
+    """Return who acts: `name`, else the user of a team's server, else the system user."""
+    signed_in = os.environ.get(USER)
+    if name or (signed_in and signed_in != access.NOTEBOOKS):
+        return name or signed_in
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -61,6 +61,8 @@ class Setting:
         Bounds, both included.
     choices : tuple or None
         The only values allowed.
+    texts : bool
+        Whether a list must hold texts.
     """
 
     kind: type
@@ -123,6 +125,21 @@ SETTINGS = {
     "PROMOTED_BY": Setting(
         str, "who promotes, for the history (default: the user name)", optional=True
     ),
+    "EXPOSE_UI": Setting(
+        str,
+        "show the MLflow UI at a public address; `auto`: where there is a token",
+        choices=("auto", True, False),
+    ),
+    "UI_USERS": Setting(
+        list,
+        "who may sign in besides the admin, as `name:role` (default: as before)",
+        "UI_USERS",
+        optional=True,
+        texts=True,
+    ),
+    "ALLOW_UI_WITHOUT_PASSWORD": Setting(
+        bool, "let everyone who knows the public address see and change everything"
+    ),
 }
 
 
@@ -154,6 +171,13 @@ def _checked(name, value):
         return None
     if setting.kind is list:
         value = _as_list(value)
+    if setting.choices is not None:
+        if value not in setting.choices:
+            allowed = ", ".join(map(repr, setting.choices))
+            raise ParameterError(
+                f"{name} must be one of {allowed} ({setting.description}), not {value!r}."
+            )
+        return value
     wanted = {str: "a text", int: "a whole number", float: "a number", list: "a list"}
     if not _is_kind(value, setting.kind):
         raise ParameterError(
@@ -230,8 +254,23 @@ class Workspace:
 
     @property
     def server(self):
-        """Folder of the local MLflow server's log, lock and state."""
+        """Folder of the local MLflow server's log, lock, state and users."""
         return self.root / ".server"
+
+    @property
+    def access_rules(self):
+        """File that says under which names and to whom the server answers."""
+        return self.server / "access.json"
+
+    @property
+    def activity(self):
+        """File of who did what on the server; older ones end in ``.1``, ``.2`` and so on."""
+        return self.server / "activity.jsonl"
+
+    @property
+    def passwords(self):
+        """File of the passwords that were made here, readable by its owner only."""
+        return self.root / "passwords.json"
 
 
 def open_workspace(path=None):

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from sklearn.dummy import DummyClassifier
 
-from helpers import registry, svm, tracking
+from helpers import access, registry, svm, tracking
 from helpers.evaluation import majority_baseline
 from helpers.registry import Candidate, Rules
 from helpers.workspace import MissingStepError
@@ -230,11 +230,18 @@ def test_history_says_who_when_from_to_why_and_how_good(name, shop):
     assert pd.isna(history["f1_macro_before"].iloc[2])
 
 
-def test_who_promotes_is_the_mlflow_user_where_nobody_is_named(name, shop, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "team-user")
+def test_who_promotes_is_the_mlflow_user_where_nobody_is_named(
+    name, shop, tracking_server, monkeypatch
+):
+    users = access.parse_users(["ana:editor"])
+    access.set_up_users(tracking_server.workspace, tracking_server.url, users)
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ana")
+    monkeypatch.setenv(
+        "MLFLOW_TRACKING_PASSWORD", access.stored_secret(tracking_server.workspace, "ana")
+    )
     register_all(name, shop, shop.good[:1])
     registry.promote(name, 1, "first")
-    assert registry.history(name)["by"].tolist() == ["team-user"]
+    assert registry.history(name)["by"].tolist() == ["ana"]
 
 
 # --- production that somebody set by hand ------------------------------------------------------
