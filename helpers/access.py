@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from filelock import FileLock
 
@@ -328,7 +328,7 @@ def change_rules(workspace, **changes):
     ----------
     workspace : helpers.workspace.Workspace
     **changes
-        Attributes of `Rules`; a function is called with the value that was there.
+        Attributes of `Rules`.
 
     Returns
     -------
@@ -337,8 +337,6 @@ def change_rules(workspace, **changes):
     workspace.server.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = workspace.access_rules
     with FileLock(workspace.server / "access.lock"):
-        rules = asdict(read_rules(path))
-        for name, value in changes.items():
-            rules[name] = value(rules[name]) if callable(value) else value
-        _write_private(path, rules)
-    return Rules(**rules)
+        rules = replace(read_rules(path), **changes)
+        _write_private(path, asdict(rules))
+    return rules

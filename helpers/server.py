@@ -395,6 +395,8 @@ def main(arguments=None):
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"The MLflow UI is at {server.url}; stop it with: {command_line(workspace)} --stop")
+    if access.read_rules(workspace.access_rules).sign_in:
+        print(f"It was shown at a public address and asks for a password: {workspace.passwords}")
     return 0
 
 

@@ -33,7 +33,9 @@ from helpers.workspace import open_workspace
 HOST = "127.0.0.1"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 REMEMBER = 60  # seconds for which a checked password is not checked again
-MOST_WRONG = 20  # wrong passwords from one outside address within a minute
+MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
+MOST_WRONG = 20  # wrong passwords of one user from one outside address within a minute
+MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counted
 
 # MLflow's assistant can run commands on the server's machine.
 NOT_FROM_OUTSIDE = ("/ajax-api/3.0/mlflow/assistant", "/gateway", "/v1/traces", "/v1/metrics")
@@ -107,11 +109,15 @@ class Passwords:
             return None
         return "admin" if self._store.get_user(user).is_admin else "other"
 
+    def knows(self, user, password):
+        """Tell whether this password was found right a short while ago."""
+        return self._known.get(self._digest(user, password), (0, None))[0] > time.monotonic()
+
     async def role(self, user, password):
         """Return 'admin' or 'other', or None if the password is wrong."""
         digest = self._digest(user, password)
-        until, role = self._known.get(digest, (0, None))
-        if until < time.monotonic():
+        role = self._known.get(digest, (0, None))[1]
+        if not self.knows(user, password):
             # Hashing a password takes some 50 ms, on purpose.
             role = await anyio.to_thread.run_sync(self._check, user, password)
             if role is not None:
@@ -160,6 +166,7 @@ class Gate:
             inner = await self._admit(scope, headers, entry)
         except RejectedError as rejection:
             entry.outcome = rejection.outcome
+            await _drain(receive)
             await _answer(answer, rejection)
         else:
             await self.app({**scope, "headers": inner}, receive, answer)
@@ -202,23 +209,27 @@ class Gate:
     async def _check_user(self, authorization, outside, rules, scope, entry):
         user, password = _decoded(authorization)
         entry.user = user[:100]
-        now, wrong = time.monotonic(), self._wrong.setdefault(entry.address, deque())
-        while wrong and wrong[0] < now - 60:
-            wrong.popleft()
-        if outside and len(wrong) >= MOST_WRONG:
+        wrong = self._recent_mistakes(entry.address, user)
+        if outside and len(wrong) >= MOST_WRONG and not self.passwords.knows(user, password):
             message = "Too many wrong passwords. Wait a minute."
             raise RejectedError(429, "too many", message, [(b"retry-after", b"60")])
         role = await self.passwords.role(user, password)
         if role is None:
-            wrong.append(now)
-            self._wrong[entry.address] = wrong
+            wrong.append(time.monotonic())
             raise _unauthorized("Wrong user name or password.")
-        if not wrong:
-            self._wrong.pop(entry.address, None)
         reader = role != "admin" and rules.roles.get(user, "reader") == "reader"
         if reader and not is_look(scope["method"], scope["path"]):
             message = f"{user} is a reader here: readers see everything and change nothing."
             raise RejectedError(403, "role", message)
+
+    def _recent_mistakes(self, address, user):
+        """Return when this user's password was wrong from this address in the last minute."""
+        if len(self._wrong) > MOST_REMEMBERED:
+            self._wrong.clear()
+        wrong = self._wrong.setdefault((address, user), deque())
+        while wrong and wrong[0] < time.monotonic() - 60:
+            wrong.popleft()
+        return wrong
 
     def _is_own(self, headers, rules):
         """Tell whether a change comes from no page, or from a page of this server."""
@@ -338,6 +349,18 @@ def _decoded(authorization):
 def basic(user, password):
     """Return a Basic Authorization header (RFC 7617)."""
     return b"Basic " + base64.b64encode(f"{user}:{password}".encode())
+
+
+async def _drain(receive):
+    """Read what belongs to a rejected request, up to a limit.
+
+    A connection that is closed with unread bytes in it may lose the answer on its way.
+    """
+    left, more = MOST_DRAINED, True
+    while more and left > 0:
+        message = await receive()
+        left -= len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 async def _answer(send, rejection):

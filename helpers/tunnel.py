@@ -27,7 +27,7 @@ from pyngrok import conf, installer, ngrok
 from pyngrok.exception import PyngrokError, PyngrokNgrokHTTPError, PyngrokNgrokInstallError
 
 from helpers import access, server
-from helpers.display import notice
+from helpers.display import notice, silenced_libraries
 from helpers.workspace import (
     ProjectError,
     atomic_path,
@@ -182,6 +182,7 @@ def show_ui(workspace, expose="auto", users=None, without_password=False, keep=N
         return Address(team, "It is your team's server; MLFLOW_TRACKING_URI names it.")
     url = server.connect(workspace, keep)
     local = url.replace(server.HOST, "localhost")
+    _forget_dead(workspace)
     if not expose:
         close_tunnel(workspace)
         return Address(local)
@@ -237,14 +238,12 @@ def _without_token(workspace, url, local):
 
 def _protected(workspace, url, token, roles, without_password):
     """Ask for passwords first, then open the tunnel."""
-    before = access.read_rules(workspace.access_rules)
     roles = access.set_up_users(workspace, url, roles)
     access.change_rules(workspace, sign_in=True, without_password=without_password)
     try:
         tunnel = _open(workspace, int(url.rsplit(":", 1)[1]), token)
     except TunnelError:
-        # Without a tunnel nobody on this machine needs to sign in who did not before.
-        access.change_rules(workspace, sign_in=before.sign_in)
+        access.change_rules(workspace, sign_in=False, without_password=False)
         raise
     if without_password:
         return Address(tunnel.url, "ANYONE who knows this address can see and change everything.")
@@ -276,6 +275,7 @@ def _read(workspace):
 def _open(workspace, port, token):
     """Return the workspace's tunnel; open it if it is not there or does not work."""
     domain = access.find_secret(access.NGROK_DOMAIN)
+    rules = access.read_rules(workspace.access_rules)
     with _lock(workspace):
         tunnel = _read(workspace)
         if tunnel is not None:
@@ -284,6 +284,7 @@ def _open(workspace, port, token):
                 _admit(workspace, tunnel)
                 return tunnel
             _end(workspace, tunnel)
+            access.change_rules(workspace, sign_in=True, without_password=rules.without_password)
         tunnel = _connect(port, token, domain)
         _admit(workspace, tunnel)
         with atomic_path(_path(workspace)) as path:
@@ -296,10 +297,7 @@ def _open(workspace, port, token):
 
 
 def _admit(workspace, tunnel):
-    def with_tunnel(hosts):
-        return sorted({*hosts, tunnel.host})
-
-    access.change_rules(workspace, public=with_tunnel)
+    access.change_rules(workspace, public=[tunnel.host])
 
 
 def _end(workspace, tunnel):
@@ -309,10 +307,17 @@ def _end(workspace, tunnel):
         agent = psutil.Process(tunnel.pid)
         agent.terminate()
         psutil.wait_procs([agent], timeout=5)
-    access.change_rules(
-        workspace, public=lambda hosts: [host for host in hosts if host != tunnel.host]
-    )
+    # Nobody on this machine needs to sign in any more.
+    access.change_rules(workspace, public=[], sign_in=False, without_password=False)
     _path(workspace).unlink(missing_ok=True)
+
+
+def _forget_dead(workspace):
+    """Forget a tunnel whose agent is gone, as after a restart of the machine."""
+    with _lock(workspace):
+        tunnel = _read(workspace)
+        if tunnel is not None and not server.is_running(tunnel.pid, tunnel.created):
+            _end(workspace, tunnel)
 
 
 def _end_own(workspace, tunnel):
@@ -353,10 +358,11 @@ def _connect(port, token, domain):
     """Start an agent and let it open the tunnel."""
     # What is left of an earlier agent of this process would keep the account's only session.
     ngrok.kill(_configuration())
-    # pyngrok repeats the agent's complaints in its log; here they become one message.
-    logging.getLogger("pyngrok").setLevel(logging.CRITICAL)
+    # pyngrok repeats the agent's complaints in its log, and the agent writes them to the error
+    # stream: with the token in them. Here they become one message, without it.
+    logging.getLogger("pyngrok").setLevel(logging.CRITICAL + 1)
     options = {"url": f"https://{domain}"} if domain else {}
-    with _token_file(token) as config_path:
+    with _token_file(token) as config_path, silenced_libraries():
         configuration = _configuration(config_path)
         try:
             opened = ngrok.connect(port, "http", pyngrok_config=configuration, **options)

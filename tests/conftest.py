@@ -11,6 +11,7 @@ import pytest
 
 from helpers import data, server, tracking
 from helpers.workspace import PROJECT_ROOT, open_workspace
+from tests.ngrok_double import NgrokCloud
 
 URI = "MLFLOW_TRACKING_URI"
 
@@ -32,8 +33,8 @@ def _no_team_server():
 @pytest.fixture(autouse=True)
 def _no_tracking_uri(_no_team_server):
     """Start and leave each test without the variable, which MLflow sets itself."""
-    os.environ.pop(URI, None)
-    os.environ.pop("WORKSPACE", None)
+    for name in (URI, "WORKSPACE", "NGROK_AUTHTOKEN", "NGROK_DOMAIN", "UI_USERS"):
+        os.environ.pop(name, None)
     yield
     os.environ.pop(URI, None)
 
@@ -117,6 +118,13 @@ def running_server(tmp_path_factory, _no_team_server):
 
     yield SimpleNamespace(workspace=ws, url=url, connect=connect)
     server.stop_server(ws)
+
+
+@pytest.fixture(scope="module")
+def cloud():
+    """A stand-in for ngrok's cloud, with one free account."""
+    with NgrokCloud() as cloud:
+        yield cloud
 
 
 @pytest.fixture
