@@ -76,6 +76,6 @@ def test_requirements_name_every_library_that_the_helpers_import():
     packages = {"sklearn": "scikit-learn"}
     # Keras and joblib come with TensorFlow and scikit-learn, IPython and the clients of
     # notebooks with ipykernel and papermill.
-    brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient"}
+    brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient", "google"}
     foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought
     assert {packages.get(name, name) for name in foreign} <= named
