@@ -601,6 +601,14 @@ def test_dropping_the_target_is_refused_or_leaves_it(small_csv, workspace):
     assert list(table.frame.columns) == ["length", "width", "city", "course", "Target"]
 
 
+@pytest.mark.parametrize("place", [2024, 0, True, ["ws"]])
+def test_workspace_that_is_no_path_is_refused_by_name(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError, match="^WORKSPACE must be.*'./2024'"):
+        open_workspace(place)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("place", ["below a file", "/proc/nowhere"])
 def test_workspace_that_cannot_be_written_is_refused_by_name(tmp_path, place):
     if place == "below a file":
