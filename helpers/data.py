@@ -16,10 +16,15 @@ import difflib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import zipfile
+import zlib
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from helpers.display import COLOURS, new_figure, notice
-from helpers.workspace import MissingStepError, ProjectError, file_digest
+from helpers.workspace import MissingStepError, ProjectError
 
 UCI_URL = (
     "https://archive.ics.uci.edu/static/public/697/"
@@ -50,7 +55,10 @@ STUDENT_CATEGORICAL = (
 )
 
 MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
-DELIMITERS = ",;\t|"
+DELIMITERS = ";\t|,"  # where several fit equally well the first wins: texts have commas in them
+FIRST_LINES = 20  # lines that tell the delimiter
+BLANK_LINES = re.compile(r"(?:[^\S\r\n]*(?:\r\n?|\n))*")
+THOUSANDS = r"[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
 MAX_CLASSES = 50
 MIN_TRAIN_ROWS = 5  # rows of each class among the training rows: one for each fold of five
 SPLIT_FILES = ("table.parquet", "train.parquet", "test.parquet", "manifest.json")
@@ -67,7 +75,8 @@ class Table:
     Attributes
     ----------
     frame : pandas.DataFrame, shape (n_rows, n_columns)
-        Features (int64, float64, bool or text) and the target (int64 or text), in file order.
+        Features (int64, float64, bool, text, or pandas' boolean where a truth value is
+        missing) and the target (int64 or text), in file order.
     target : str
         Name of the target column.
     categorical : tuple of str
@@ -76,6 +85,8 @@ class Table:
         ``uci``, ``sample``, or the path or URL of the CSV.
     digest : str
         SHA-256 of the table's content as CSV, independent of the file's dialect.
+    dropped : tuple of str
+        Columns of the file that were left out, sorted.
     """
 
     frame: pd.DataFrame
@@ -83,6 +94,7 @@ class Table:
     categorical: tuple
     source: str
     digest: str
+    dropped: tuple = ()
 
     @property
     def synthetic(self):
@@ -180,14 +192,25 @@ def _unpack(content, source):
                 f"{source} is a zip file with {len(names)} CSV files in it; one is needed. "
                 "Unpack it and give the path of the CSV."
             )
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError):
         raise DataError(f"{source} is a broken archive. Fetch it again.") from None
+    except RuntimeError as error:
+        # So zipfile says that a password is needed or that it does not know the compression.
+        raise DataError(
+            f"{source} cannot be unpacked here ({error}). Unpack it and give the path of the CSV."
+        ) from None
     return content
 
 
 def _decode(content, source):
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
+        try:
+            return content.decode("utf-16")
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{source} begins as UTF-16 text but does not go on so; it may have been cut "
+                "short. Fetch it again, or save it as UTF-8."
+            ) from None
     if b"\x00" in content:
         raise DataError(f"{source} is not a CSV file: it holds binary data.")
     try:
@@ -199,15 +222,39 @@ def _decode(content, source):
 # --- reading ----------------------------------------------------------------------------------
 
 
-def _find_delimiter(text, source):
-    """Return the delimiter that cuts the first lines into equally many fields, the most."""
-    lines = text.splitlines()[:20]
-    best, most = None, 1
+def _reader(lines, delimiter):
+    return csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
+
+
+def _lines(text):
+    # Lines end as in the file; `str.splitlines` would also cut at letters such as U+0085.
+    return io.StringIO(text, newline="")
+
+
+def _first_rows(text, delimiter):
+    lines, rows = itertools.islice(_lines(text), FIRST_LINES), []
+    # With a wrong delimiter a long line is one field, too long for the reader; with the right
+    # one `_check_widths` meets the fault again and names its line.
+    with suppress(csv.Error):
+        for row in _reader(lines, delimiter):
+            if row:
+                rows.append(row)
+    return rows
+
+
+def _find_delimiter(text, target, source):
+    """Return the delimiter that finds the target, else as many fields in header as in rows.
+
+    Rows of another width than most are left to `_check_widths`.
+    """
+    best, most = None, ()
     for delimiter in DELIMITERS:
-        rows = [row for row in csv.reader(lines, delimiter=delimiter) if row]
-        width = len(rows[0])
-        if width > most and all(len(row) == width for row in rows[:-1]):
-            best, most = delimiter, width
+        header, *rows = _first_rows(text, delimiter) or [[]]
+        width = len(header)
+        usual = [number for number, _ in Counter(map(len, rows)).most_common(1)]
+        fit = (target in map(_clean_name, header), width in usual, width)
+        if width > 1 and fit > most:
+            best, most = delimiter, fit
     if best is None:
         raise DataError(
             f"{source} is not a CSV file with a header and at least two columns separated by "
@@ -216,8 +263,12 @@ def _find_delimiter(text, source):
     return best
 
 
+def _clean_name(name):
+    return name.strip().strip('"').strip()
+
+
 def _clean_header(names, source):
-    names = [name.strip().strip('"').strip() for name in names]
+    names = [_clean_name(name) for name in names]
     twice = sorted({name for name in names if names.count(name) > 1 and name})
     if twice:
         raise DataError(
@@ -229,25 +280,39 @@ def _clean_header(names, source):
     return names
 
 
-def _check_widths(text, delimiter, width, source):
-    """Refuse rows with more or fewer fields than the header; pandas would fill them up."""
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
-    for row in reader:
-        if len(row) not in (0, width) and any(field.strip() for field in row):
-            raise DataError(
-                f"{source} is not a well-formed CSV file: line {reader.line_num} has {len(row)} "
-                f"fields, the header has {width}."
-            )
+def _check_widths(text, delimiter, skipped, source):
+    """Refuse rows with more or fewer fields than the header; pandas would fill them up.
+
+    Returns the header.
+    """
+    reader = _reader(_lines(text), delimiter)
+    try:
+        header = next(reader)
+        width = len(header)
+        for row in reader:
+            if len(row) not in (0, width) and any(field.strip() for field in row):
+                raise DataError(
+                    f"{source} is not a well-formed CSV file: line {reader.line_num + skipped} "
+                    f"has {len(row)} fields, the header has {width}."
+                )
+    except csv.Error as error:
+        raise DataError(
+            f"{source} is not a well-formed CSV file: line {reader.line_num + skipped}: {error}. "
+            "Is a quotation mark not closed?"
+        ) from None
+    return header
 
 
-def _parse(content, source):
+def _parse(content, target, source):
     """Read the bytes of a CSV as a frame of texts, missing values as NaN."""
     text = _decode(_unpack(content, source), source)
     if not text.strip():
         raise DataError(f"{source} is empty. Give DATA_SOURCE a CSV with a header and rows.")
-    delimiter = _find_delimiter(text, source)
-    names = _clean_header(next(csv.reader(io.StringIO(text), delimiter=delimiter)), source)
-    _check_widths(text, delimiter, len(names), source)
+    blank = BLANK_LINES.match(text).group()
+    text = text[len(blank) :]
+    delimiter = _find_delimiter(text, target, source)
+    header = _check_widths(text, delimiter, len(blank.splitlines()), source)
+    names = _clean_header(header, source)
     try:
         frame = pd.read_csv(
             io.StringIO(text),
@@ -267,18 +332,26 @@ def _parse(content, source):
         raise DataError(f"{source} has a header but no rows.")
     # A first column without a name is the row counter that spreadsheets and pandas write.
     frame = frame.drop(columns=[""]) if "" in frame.columns else frame
-    return frame.apply(lambda column: column.str.strip()), delimiter
+    return frame.apply(lambda column: column.str.strip())
 
 
-def _to_number(column, delimiter):
-    """Convert texts to numbers; what is no number becomes NaN."""
+def _to_number(column, source):
+    """Convert texts to numbers, also with a decimal comma; what is no number becomes NaN."""
     values = pd.to_numeric(column, errors="coerce").astype("float64")
-    if delimiter != "," and values.isna().sum() > column.isna().sum():
-        # Outside English-speaking countries a semicolon goes with a decimal comma.
-        commas = pd.to_numeric(column.str.replace(",", ".", regex=False), errors="coerce")
-        if commas.notna().sum() > values.notna().sum():
-            values = commas.astype("float64")
-    return values
+    texts = column[values.isna()].dropna()
+    commas = texts[texts.str.contains(",", regex=False)]
+    if commas.empty:
+        return values
+    if commas.str.fullmatch(THOUSANDS).all():
+        if len(texts) - len(commas) > column.notna().sum() / 2:
+            return values
+        raise DataError(
+            f"Column {column.name!r} of {source} has numbers such as {commas.iloc[0]!r}, whose "
+            "comma may separate thousands or decimals. Write them without thousands separators "
+            "and with a decimal point, or leave the column out with DROP."
+        )
+    decimals = pd.to_numeric(column.str.replace(",", ".", regex=False), errors="coerce")
+    return decimals.astype("float64") if decimals.count() > values.count() else values
 
 
 def _as_integers(values):
@@ -286,17 +359,24 @@ def _as_integers(values):
     return values.astype("int64") if whole and values.abs().max() < 2**53 else values
 
 
-def _is_truth_column(column):
-    return column.dropna().str.lower().isin(["true", "false"]).all() and column.notna().all()
+def _to_truth(column):
+    """Convert true and false in any case to booleans; None if there is anything else."""
+    lower = column.str.lower()
+    if not lower.dropna().isin(["true", "false"]).all():
+        return None
+    truth = lower == "true"
+    # pandas' own boolean has a missing value; models take it for a boolean column too.
+    return truth if column.notna().all() else truth.astype("boolean").mask(column.isna())
 
 
-def _convert_feature(column, categorical, delimiter, source):
-    """Give a feature its type: bool, int64, float64 or text (object).
+def _convert_feature(column, categorical, source):
+    """Give a feature its type: bool, boolean, int64, float64 or text (object).
 
     Raises
     ------
     DataError
-        If the column is empty, infinite, or mostly numbers with some text among them.
+        If the column is empty, infinite, mostly numbers with some text among them, or has
+        commas that may mean two things.
     """
     known = column.notna()
     if not known.any():
@@ -304,7 +384,7 @@ def _convert_feature(column, categorical, delimiter, source):
             f"Column {column.name!r} of {source} has no value at all. Leave it out with "
             f"DROP = [{column.name!r}]."
         )
-    values = _to_number(column, delimiter)
+    values = _to_number(column, source)
     wrong = known & values.isna()
     if not wrong.any():
         if np.isinf(values).any():
@@ -312,9 +392,8 @@ def _convert_feature(column, categorical, delimiter, source):
         looks_whole = column[known].str.fullmatch(r"[+-]?\d+").all()
         return _as_integers(values) if looks_whole else values
     if categorical or wrong.sum() > known.sum() / 2:
-        if _is_truth_column(column):
-            return column.str.lower() == "true"
-        return column.astype(object).where(known, None)
+        truth = _to_truth(column)
+        return column.astype(object).where(known, None) if truth is None else truth
     examples = ", ".join(f"{column[row]!r} (row {row + 2})" for row in column.index[wrong][:3])
     raise DataError(
         f"Column {column.name!r} of {source} is numeric but has text in {wrong.sum()} of "
@@ -336,7 +415,7 @@ def _check_target(column, source):
         rows = ", ".join(str(row + 2) for row in column.index[missing][:5])
         raise DataError(
             f"The target column {column.name!r} of {source} has {missing.sum()} missing "
-            f"values (lines {rows}{', …' if missing.sum() > 5 else ''}). Remove these rows or "
+            f"values (rows {rows}{', …' if missing.sum() > 5 else ''}). Remove these rows or "
             "fill in their label."
         )
     counts = column.value_counts()
@@ -374,6 +453,26 @@ def _default_categorical(frame):
     return ()
 
 
+def _check_drop(drop, target):
+    if target in (drop or ()):
+        raise DataError(
+            f"DROP names {target!r}, the column to predict. Take it out of DROP, or choose "
+            "another TARGET."
+        )
+
+
+def _make_table(frame, target, named, dropped, source):
+    """Make the table of converted columns; texts are categories whether named or not."""
+    if frame.shape[1] < 2:
+        raise DataError(f"{source} has no column besides the target {target!r}.")
+    chosen = tuple(
+        name
+        for name, column in frame.items()
+        if name != target and (name in named or column.dtype == object)
+    )
+    return Table(frame, target, chosen, source, _digest(frame), tuple(sorted(dropped)))
+
+
 def read_table(content, source, target="Target", categorical=None, drop=None):
     """Read the bytes of a CSV file.
 
@@ -404,27 +503,23 @@ def read_table(content, source, target="Target", categorical=None, drop=None):
     DataError
         If this is not a table with that target; see the message.
     """
-    frame, delimiter = _parse(content, source)
+    frame = _parse(content, target, source)
+    dropped = set(drop or ())
+    _check_drop(dropped, target)
     _require_columns([target], frame, "TARGET", source)
     _require_columns(drop or [], frame, "DROP", source)
     _require_columns(categorical or [], frame, "CATEGORICAL", source)
-    frame = frame.drop(columns=[name for name in drop or [] if name != target])
+    # Before columns are dropped: the students' table is known by all its code columns.
+    named = categorical if categorical is not None else _default_categorical(frame)
+    frame = frame.drop(columns=list(dropped))
     _check_target(frame[target], source)
-    named = tuple(categorical) if categorical is not None else _default_categorical(frame)
     columns = {
         name: _convert_target(frame[name])
         if name == target
-        else _convert_feature(frame[name], name in named, delimiter, source)
+        else _convert_feature(frame[name], name in named, source)
         for name in frame.columns
     }
-    frame = pd.DataFrame(columns)
-    if frame.shape[1] < 2:
-        raise DataError(f"{source} has no column besides the target {target!r}.")
-    text = {name for name in frame.columns if frame[name].dtype == object}
-    chosen = tuple(
-        name for name in frame.columns if name != target and (name in named or name in text)
-    )
-    return Table(frame, target, chosen, source, _digest(frame))
+    return _make_table(pd.DataFrame(columns), target, named, dropped, source)
 
 
 def _fetch_uci():
@@ -437,20 +532,29 @@ def _prepared(workspace, target, categorical, drop):
         return None
     manifest = json.loads((workspace.data / "manifest.json").read_text(encoding="utf-8"))
     frame = _read_parquet(workspace.data / "table.parquet")
-    _require_columns([target], frame, "TARGET", f"The prepared copy of {manifest['source']}")
-    if target != manifest["target"] or drop:
+    source, dropped = manifest["source"], set(manifest.get("drop", ()))
+    copy = f"The prepared copy of {source}"
+    _check_drop(drop, target)
+    _require_columns([target], frame, "TARGET", copy)
+    if target != manifest["target"]:
         raise DataError(
-            f"The prepared copy was made with TARGET = {manifest['target']!r}. To prepare it "
-            "otherwise, name the CSV in DATA_SOURCE."
+            f"{copy} was made with TARGET = {manifest['target']!r}. To prepare it otherwise, "
+            "name the CSV in DATA_SOURCE."
         )
-    chosen = manifest["categorical"]
+    if drop is not None:
+        if dropped - set(drop):
+            raise DataError(
+                f"{copy} was made with DROP = {sorted(dropped)}, and what was left out is gone. "
+                "Repeat these in DROP, or name the CSV in DATA_SOURCE to prepare it otherwise."
+            )
+        more = [name for name in drop if name not in dropped]
+        _require_columns(more, frame, "DROP", copy)
+        frame, dropped = frame.drop(columns=more), dropped.union(more)
+    named = manifest["categorical"]
     if categorical is not None:
-        _require_columns(categorical, frame, "CATEGORICAL", manifest["source"])
-        text = [name for name in manifest["categorical"] if frame[name].dtype == object]
-        chosen = [
-            name for name in frame.columns if name != target and name in [*categorical, *text]
-        ]
-    return Table(frame, target, tuple(chosen), manifest["source"], manifest["digest"])
+        named = [name for name in categorical if name not in dropped]
+        _require_columns(named, frame, "CATEGORICAL", copy)
+    return _make_table(frame, target, named, dropped, source)
 
 
 def load_table(source, workspace, target="Target", categorical=None, drop=None):
@@ -488,7 +592,10 @@ def load_table(source, workspace, target="Target", categorical=None, drop=None):
 def _load_auto(workspace, options):
     prepared = _prepared(workspace, **options)
     if prepared is not None:
-        notice(f"Using the copy prepared before from {prepared.source} in {workspace.data}.")
+        without = f", without {', '.join(prepared.dropped)}" if prepared.dropped else ""
+        notice(
+            f"Using the copy prepared before from {prepared.source} in {workspace.data}{without}."
+        )
         return prepared
     try:
         return read_table(_fetch_uci(), "uci", **options)
@@ -721,13 +828,16 @@ def split_table(table, test_size=0.3, seed=0):
         "columns": {name: str(dtype) for name, dtype in X.dtypes.items()},
         "categorical": list(table.categorical),
         "numeric": list(table.numeric),
+        "drop": list(table.dropped),
         "classes": sorted(y.unique().tolist()),
         "class_counts": {str(label): int(count) for label, count in counts.sort_index().items()},
         "test_size": test_size,
         "seed": seed,
     }
+    # With another target or other roles the same rows give other models.
+    roles = [table.target, manifest["categorical"], manifest["numeric"]]
     manifest["split_digest"] = hashlib.sha256(
-        json.dumps([table.digest, test_size, seed, X_test.index.tolist()]).encode()
+        json.dumps([table.digest, roles, test_size, seed, X_test.index.tolist()]).encode()
     ).hexdigest()
     return Split(X_train, X_test, y_train, y_test, manifest, table.frame)
 
@@ -747,13 +857,21 @@ def _read_parquet(path):
 
 
 def _keep_previous(workspace):
-    """Move a split that is about to be replaced to ``data/previous/<its digest>``."""
+    """Copy a split that is about to be replaced to a folder of its own in ``data/previous``."""
     manifest_path = workspace.data / "manifest.json"
     if not manifest_path.is_file():
         return None
-    digest = json.loads(manifest_path.read_text(encoding="utf-8"))["split_digest"]
-    folder = workspace.data / "previous" / digest[:16]
+    text = manifest_path.read_text(encoding="utf-8")
+    digest = json.loads(text)["split_digest"][:16]
+    for number in itertools.count(1):
+        folder = workspace.data / "previous" / (digest if number == 1 else f"{digest}-{number}")
+        kept = folder / "manifest.json"
+        if not kept.is_file():
+            break
+        if kept.read_text(encoding="utf-8") == text:
+            return folder
     folder.mkdir(parents=True, exist_ok=True)
+    # The manifest is the last of them: a folder that has one is complete.
     for name in SPLIT_FILES:
         if (workspace.data / name).is_file():
             shutil.copy2(workspace.data / name, folder / name)
@@ -837,8 +955,3 @@ def load_split(workspace):
         test[target],
         manifest,
     )
-
-
-def data_fingerprint(workspace):
-    """Return a digest of the prepared files, for telling whether they changed."""
-    return file_digest(*(workspace.data / name for name in SPLIT_FILES))

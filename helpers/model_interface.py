@@ -52,9 +52,20 @@ def _as_truth(column):
     return numbers
 
 
+def _written(value):
+    """Return a whole number as it is written in a CSV, anything else as it is."""
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+        return str(int(value)) if float(value).is_integer() else value
+    return value
+
+
 def _as_texts(column):
-    """Return an object column of texts; missing is None."""
-    column = column.astype(object)
+    """Return an object column of texts; missing is None.
+
+    Codes such as A1, 2 and 3 are texts, but where rows happen to have only 2 and 3, or these
+    and gaps, pandas reads them as numbers.
+    """
+    column = column.astype(object).map(_written, na_action="ignore")
     known = column.notna()
     good = column.map(lambda value: isinstance(value, str))
     if (known & ~good).any():

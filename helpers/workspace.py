@@ -287,9 +287,16 @@ def open_workspace(path=None):
 
     Raises
     ------
+    ParameterError
+        If `path` is neither a text nor a path.
     WorkspaceError
         If the folder cannot be made or written to.
     """
+    if path is not None and not isinstance(path, (str, os.PathLike)):
+        raise ParameterError(
+            f"WORKSPACE must be the path of a folder, not {path!r}. A folder whose name is a "
+            "number can be given as './2024'."
+        )
     root = Path(path or os.environ.get("WORKSPACE") or "workspace").expanduser().resolve()
     workspace = Workspace(root)
     try:

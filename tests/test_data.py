@@ -106,6 +106,13 @@ def test_bundled_sample_says_that_it_is_synthetic_and_has_the_students_columns(w
     assert split.manifest["source"] == "sample"
 
 
+def test_dropping_a_code_column_leaves_the_others_categories(workspace):
+    table = data.load_table("sample", workspace, drop=["Course", "Debtor"])
+    assert table.categorical == tuple(n for n in data.STUDENT_CATEGORICAL if n != "Course")
+    assert len(table.categorical) == 8
+    assert table.dropped == ("Course", "Debtor")
+
+
 # --- dialects ----------------------------------------------------------------------------------
 
 
@@ -128,6 +135,8 @@ DIALECTS = {
     "UTF-16 big endian": lambda frame: b"\xfe\xff" + as_csv(frame).decode().encode("utf-16-be"),
     "gzip": lambda frame: gzip.compress(as_csv(frame)),
     "zip": lambda frame: zipped(as_csv(frame)),
+    "blank lines before the header": lambda frame: b"\n  \t\r\n" * 25 + as_csv(frame),
+    "CR": lambda frame: as_csv(frame, lineterminator="\r"),
     "CRLF": lambda frame: as_csv(frame, lineterminator="\r\n"),
     "all fields quoted": lambda frame: as_csv(frame, quoting=1),
     "unnamed row counter": lambda frame: as_csv(frame, index=True),
@@ -151,6 +160,56 @@ def test_dialect_gives_the_same_table_as_a_plain_csv(small_frame, dialect):
     assert table.frame["length"].dtype == "float64"
     assert table.frame["age"].dtype == "int64"
     assert table.frame["length"].tolist() == frame["length"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "names"),
+    [
+        ('a, "b, c", Target', "1, 2, {}", ["a", "b, c", "Target"]),
+        ("height, cm;Target", "175;{}", ["height, cm", "Target"]),
+        ("height, cm;Target", "1,75;{}", ["height, cm", "Target"]),
+        ("low, mm;low, cm;high, m, s;Target", "1,5;2,5;3,5;{}", None),
+        ("a;b|c|Target", "1|2|{}", ["a;b", "c", "Target"]),
+    ],
+)
+def test_commas_in_the_header_are_not_taken_for_delimiters(header, row, names):
+    rows = [row.format(label) for label in ("high", "low") * 10]
+    table = read_table("\n".join([header, *rows]).encode(), "header")
+    assert list(table.frame.columns) == (names or header.split(";"))
+    assert len(table.frame) == 20
+
+
+def test_table_of_very_many_columns_is_read():
+    rows = [[f"column {number}" for number in range(12_000)] + ["Target"]]
+    rows += [["1"] * 12_000 + [label] for label in ("high", "low")]
+    table = read_table("\n".join(map(",".join, rows)).encode(), "wide")
+    assert table.frame.shape == (2, 12_001)
+
+
+def numbers_as(written, delimiter):
+    rows = [f'"{text}"{delimiter}{label}' for text in written for label in ("high", "low")]
+    return "\n".join([f"price{delimiter}Target", *rows]).encode()
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_decimal_comma_is_read_whatever_the_delimiter(delimiter):
+    frame = read_table(numbers_as(["1,5", "2,25", "3", "-0,125"], delimiter), "commas").frame
+    assert frame["price"].tolist() == [1.5, 1.5, 2.25, 2.25, 3, 3, -0.125, -0.125]
+    assert read_table(numbers_as(["0,125", "0,250"], delimiter), "x").frame["price"][0] == 0.125
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("written", [["950", "1,234", "12,500"], ["-1,234,567", "1,000.5"]])
+def test_comma_that_may_separate_thousands_is_refused(written, delimiter):
+    with pytest.raises(DataError, match="'price' of money.*thousands.*DROP"):
+        read_table(numbers_as(written, delimiter), "money")
+
+
+def test_texts_among_which_one_looks_like_thousands_stay_texts():
+    written = ["under", "over", "1,000"]
+    table = read_table(numbers_as(written, ";"), "bands")
+    assert set(table.frame["price"]) == set(written)
+    assert table.categorical == ("price",)
 
 
 def test_another_value_gives_another_digest(small_frame):
@@ -184,6 +243,21 @@ def test_true_and_false_become_booleans(small_frame):
     assert table.frame["debtor"].dtype == bool
     assert table.frame["debtor"].tolist() == (frame["length"] > 1.5).tolist()
     assert "debtor" in table.numeric
+
+
+def test_true_and_false_with_gaps_stay_booleans(small_frame, workspace):
+    frame = small_frame()
+    frame["debtor"] = np.where(frame["length"] > 1.5, "true", "FALSE")
+    frame.loc[::4, "debtor"] = None
+    table = read_table(as_csv(frame), "gaps")
+    assert table.frame["debtor"].dtype == "boolean"
+    assert table.frame["debtor"].isna().tolist() == frame["debtor"].isna().tolist()
+    known = table.frame["debtor"].dropna().astype(bool)
+    assert known.tolist() == (frame["length"] > 1.5)[known.index].tolist()
+    assert "debtor" in table.numeric
+    split = data.split_table(table)
+    data.save_split(split, workspace)
+    pd.testing.assert_frame_equal(data.load_split(workspace).X_train, split.X_train)
 
 
 @pytest.mark.parametrize("mark", ["", "NA", "NaN", "null", "#N/A"])
@@ -264,6 +338,14 @@ def test_same_seed_gives_same_rows_and_another_seed_others(small_frame):
     assert first.manifest["split_digest"] != other.manifest["split_digest"]
 
 
+def test_other_roles_or_another_target_give_another_split_digest(small_frame):
+    content = as_csv(small_frame())
+    options = [{}, {"categorical": ["course"]}, {"categorical": ["age"]}, {"target": "city"}]
+    manifests = [data.split_table(read_table(content, "x", **o)).manifest for o in options]
+    assert len({manifest["split_digest"] for manifest in manifests}) == len(options)
+    assert len({manifest["digest"] for manifest in manifests}) == 1
+
+
 def test_manifest_says_what_the_split_is(small_csv, workspace):
     path = small_csv()
     table = data.load_table(str(path), workspace, categorical=["course"])
@@ -323,6 +405,21 @@ def test_another_split_keeps_the_previous_one(small_frame, workspace):
     (folder,) = (workspace.data / "previous").iterdir()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert json.loads((folder / "manifest.json").read_text())["seed"] == 0
+
+
+def test_no_replaced_split_is_lost(small_frame, workspace):
+    content = as_csv(small_frame())
+    tables = [read_table(content, source) for source in ("a", "b", "c")]
+    tables += [read_table(content, "c", categorical=["course"]), tables[0], tables[1], tables[0]]
+    for table in tables:
+        data.save_split(data.split_table(table), workspace)
+    folders = list((workspace.data / "previous").iterdir())
+    kept = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    roles = sorted((manifest["source"], len(manifest["categorical"])) for manifest in kept)
+    assert roles == [("a", 1), ("b", 1), ("c", 1), ("c", 2)]
+    assert all(
+        {path.name for path in folder.iterdir()} == set(data.SPLIT_FILES) for folder in folders
+    )
 
 
 def test_loading_without_data_names_the_notebook_to_run(workspace):
@@ -398,6 +495,51 @@ def test_auto_prefers_the_prepared_copy(workspace, web_folder, small_frame, monk
     assert data.split_table(table).manifest == split.manifest
 
 
+@pytest.fixture
+def prepared(small_csv, workspace):
+    """A workspace with a split that was made without the column ``age``; the CSV's bytes."""
+    path = small_csv()
+    table = data.load_table(str(path), workspace, drop=["age"], categorical=["course", "age"])
+    data.save_split(data.split_table(table), workspace)
+    return path.read_bytes(), table
+
+
+@pytest.mark.parametrize("drop", [["age"], None])
+def test_prepared_copy_is_used_again_with_the_same_drop(prepared, workspace, drop, capsys):
+    before = saved_files(workspace)
+    table = data.load_table("auto", workspace, drop=drop, categorical=["course", "age"])
+    data.save_split(data.split_table(table), workspace)
+    assert saved_files(workspace) == before
+    assert table.dropped == prepared[1].dropped == ("age",)
+    assert "without age" in capsys.readouterr().out
+
+
+def test_prepared_copy_can_lose_more_columns(prepared, workspace):
+    content, table = prepared
+    less = data.load_table("auto", workspace, drop=["course", "age"])
+    again = read_table(content, table.source, drop=["age", "course"])
+    pd.testing.assert_frame_equal(less.frame, again.frame)
+    assert data.split_table(less).manifest == data.split_table(again).manifest
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drop": []}, r"DROP = \['age'\].*DATA_SOURCE"),
+        ({"drop": ["width"]}, r"DROP = \['age'\].*DATA_SOURCE"),
+        ({"drop": ["age", "with"]}, "'with' .parameter DROP.*'width'"),
+        ({"drop": ["age", "Target"]}, "DROP names 'Target'"),
+        ({"drop": ["age"], "target": "city"}, "TARGET = 'Target'"),
+        ({"drop": ["age", "length", "width", "city", "course"]}, "no column besides the target"),
+    ],
+)
+def test_prepared_copy_that_cannot_serve_is_refused_naming_the_parameter(
+    prepared, workspace, options, words
+):
+    with pytest.raises(DataError, match=words):
+        data.load_table("auto", workspace, **options)
+
+
 def test_url_gives_the_same_table_as_the_file(workspace, web_folder, small_frame):
     folder, address = web_folder
     (folder / "table.csv").write_bytes(as_csv(small_frame()))
@@ -448,6 +590,27 @@ def continuous_target(frame):
     return as_csv(frame.assign(Target=np.linspace(0, 1, len(frame))))
 
 
+def corrupted_gzip(frame):
+    packed = bytearray(gzip.compress(as_csv(frame)))
+    packed[60:90] = bytes(30)
+    return bytes(packed)
+
+
+def marked_zip(flags=0, method=0):
+    """Make a zip file that claims to be encrypted or compressed in a way of its own."""
+
+    def make(frame):
+        packed = bytearray(zipped(as_csv(frame)))
+        packed[6] |= flags
+        packed[8] |= method
+        directory = packed.index(b"PK\x01\x02")
+        packed[directory + 8] |= flags
+        packed[directory + 10] |= method
+        return bytes(packed)
+
+    return make
+
+
 BAD_FILES = {
     "PNG bytes": (lambda frame: b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(50), ["bad.csv"]),
     "HTML page": (
@@ -481,9 +644,13 @@ BAD_FILES = {
         ["bad.csv", "'width'", "'n.a.'", "row 11"],
     ),
     "duplicate names": (renamed_twice, ["bad.csv", "'age'"]),
-    "long row early": (ragged(3, True), ["bad.csv"]),
-    "short row early": (ragged(3, False), ["bad.csv"]),
-    "long first row": (ragged(1, True), ["bad.csv"]),
+    "long row early": (ragged(3, True), ["bad.csv", "line 4 has 7 fields", "header has 6"]),
+    "short row early": (ragged(3, False), ["bad.csv", "line 4 has 4 fields", "header has 6"]),
+    "long first row": (ragged(1, True), ["bad.csv", "line 2 has 7 fields"]),
+    "short row after blank lines": (
+        lambda frame: b"\n\r\n" + ragged(3, False)(frame),
+        ["bad.csv", "line 6 has 4 fields"],
+    ),
     "long row late": (ragged(100, True), ["bad.csv", "101"]),
     "short row late": (ragged(100, False), ["bad.csv"]),
     "short row before missing features": (
@@ -501,6 +668,15 @@ BAD_FILES = {
     "too large": (with_column("length", "1e999", slice(3, 4)), ["bad.csv", "'length'"]),
     "continuous target": (continuous_target, ["bad.csv", "'Target'", "150 different"]),
     "broken gzip": (lambda frame: gzip.compress(as_csv(frame))[:200], ["bad.csv", "archive"]),
+    "corrupted gzip": (corrupted_gzip, ["bad.csv", "archive"]),
+    "encrypted zip": (marked_zip(flags=1), ["bad.csv", "encrypted", "Unpack"]),
+    "unknown compression": (marked_zip(method=99), ["bad.csv", "compression", "Unpack"]),
+    "UTF-16 cut short": (
+        lambda frame: as_csv(frame).decode().encode("utf-16")[:-1],
+        ["bad.csv", "UTF-16"],
+    ),
+    "huge field": (with_column("city", "x" * 140_000, slice(9, 10)), ["bad.csv", "line 11"]),
+    "huge field late": (with_column("city", "x" * 140_000, slice(99, 100)), ["line 101"]),
     "broken zip": (lambda frame: zipped(as_csv(frame))[:-40], ["bad.csv", "archive"]),
     "zip without a CSV": (lambda frame: zipped(b"1", "a.bin"), ["bad.csv", "0 CSV"]),
 }
@@ -596,9 +772,18 @@ def test_column_that_is_no_text_is_refused_naming_the_parameter(small_csv, works
         prepare(small_csv(), workspace, **{parameter.lower(): checked[parameter]})
 
 
-def test_dropping_the_target_is_refused_or_leaves_it(small_csv, workspace):
-    table = data.load_table(str(small_csv()), workspace, drop=["Target", "age"])
-    assert list(table.frame.columns) == ["length", "width", "city", "course", "Target"]
+def test_dropping_the_target_is_refused(small_csv, workspace):
+    with pytest.raises(DataError, match="DROP names 'Target'.*TARGET"):
+        prepare(small_csv(), workspace, drop=["age", "Target"])
+    assert list(workspace.data.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [2024, 0, True, ["ws"]])
+def test_workspace_that_is_no_path_is_refused_by_name(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ParameterError, match="^WORKSPACE must be.*'./2024'"):
+        open_workspace(place)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["below a file", "/proc/nowhere"])

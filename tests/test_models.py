@@ -278,7 +278,7 @@ def test_missing_column_is_refused_by_name(logged, small_split, column):
 
 
 @pytest.mark.parametrize(
-    ("column", "value"), [("length", "long"), ("age", "40"), ("course", "law"), ("city", 5)]
+    ("column", "value"), [("length", "long"), ("age", "40"), ("course", "law"), ("city", 5.5)]
 )
 def test_wrong_type_is_refused_by_name(logged, small_split, column, value):
     rows = small_split.X_test.head(4).astype({column: object})
@@ -432,10 +432,11 @@ def test_model_answers_in_a_process_that_knows_nothing_of_the_project(
 
 @pytest.fixture(scope="module")
 def mixed_split(small_frame):
-    """Two integer labels, a boolean column, missing texts, missing numbers and a code."""
+    """Two integer labels, booleans, missing texts, numbers and booleans, and a code."""
     frame = small_frame(seed=4)
     frame["Target"] = (frame["Target"] == "high").astype(int)
     frame["debtor"] = np.where(frame["width"] > 7, "True", "False")
+    frame["paid"] = frame["debtor"].where(frame.index % 4 != 0)
     frame["city"] = frame["city"].where(frame.index % 6 != 0)
     frame["width"] = frame["width"].where(frame.index % 5 != 0)
     table = data.read_table(frame.to_csv(index=False).encode(), "mixed", categorical=["course"])
@@ -461,3 +462,65 @@ def test_table_with_booleans_missing_values_and_integer_labels_gives_a_model(
         np.testing.assert_allclose(model.predict(rows)["probability_1"], answer["probability_1"])
     with pytest.raises(MlflowException, match="'debtor'"):
         model.predict(mixed_split.X_test.assign(debtor="perhaps"))
+
+
+@pytest.fixture(scope="module")
+def untidy(small_frame, tmp_path_factory):
+    """A CSV whose rows pandas reads with other types and names than training, and its model."""
+    frame = small_frame(seed=4)
+    frame["paid"] = np.where(frame["width"] > 7, "True", "False")
+    frame.loc[::4, "paid"] = None
+    frame["code"] = np.where(frame["length"] > 1.5, "2", "3")
+    frame.loc[::10, "code"] = "A1"
+    frame.loc[5::10, "code"] = None
+    frame = frame.rename(columns={"age": "age\t"})
+    folder = tmp_path_factory.mktemp("untidy")
+    frame.to_csv(folder / "untidy.csv", sep=";", index=False)
+    table = data.read_table((folder / "untidy.csv").read_bytes(), "untidy", categorical=["code"])
+    split = data.split_table(table)
+    classifier = svm.fit_best(split, 1.0, 0.1, folds=3, n_jobs=1)
+    (folder / "parts").mkdir()
+    tracking.save_parts(folder / "parts", split, classifier=classifier)
+    mlflow.pyfunc.save_model(
+        folder / "model",
+        python_model=str(tracking.INTERFACE),
+        artifacts={"model": str(folder / "parts")},
+        signature=tracking.make_signature(tracking.column_kinds(split.X_train), split.labels),
+        input_example=split.X_train.head(8),
+        pip_requirements=["mlflow"],
+    )
+    expected = classifier.predict_proba(table.frame.drop(columns="Target"))
+    model = mlflow.pyfunc.load_model(str(folder / "model"))
+    return SimpleNamespace(path=folder / "untidy.csv", model=model, expected=expected)
+
+
+def read_by_client(untidy):
+    return pd.read_csv(untidy.path, sep=";").rename(columns=str.strip)
+
+
+def test_file_of_the_training_rows_gets_the_answers_of_the_fitted_classifier(untidy):
+    rows = read_by_client(untidy)
+    assert rows["paid"].isna().any()
+    assert True in set(rows["paid"])
+    answer = untidy.model.predict(rows)
+    np.testing.assert_allclose(probabilities(answer), untidy.expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("gaps", [True, False])
+def test_codes_that_pandas_reads_as_numbers_are_the_texts_of_training(untidy, gaps, tmp_path):
+    rows = read_by_client(untidy)
+    rows = rows[rows["code"].isin(["2", "3"]) | (rows["code"].isna() & gaps)]
+    rows.to_csv(tmp_path / "batch.csv", index=False)
+    batch = pd.read_csv(tmp_path / "batch.csv")
+    assert batch["code"].dtype == ("float64" if gaps else "int64")
+    answer = untidy.model.predict(batch)
+    np.testing.assert_allclose(probabilities(answer), untidy.expected[rows.index], atol=1e-9)
+    with pytest.raises(MlflowException, match="'code'.*texts.*2.5"):
+        untidy.model.predict(batch.assign(code=2.5))
+    with pytest.raises(MlflowException, match="'code'.*texts.*True"):
+        untidy.model.predict(batch.assign(code=True))
+
+
+def test_column_name_with_a_blank_that_training_removed_is_refused_by_name(untidy):
+    with pytest.raises(MlflowException, match=r"missing inputs \['age'\]"):
+        untidy.model.predict(pd.read_csv(untidy.path, sep=";"))
