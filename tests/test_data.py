@@ -826,6 +826,9 @@ WRONG = {
     "ALLOW_REPLACE": ["yes", 1, None],
     "REASON": [None, 5],
     "PROMOTED_BY": [5, ["me"]],
+    "EXPOSE_UI": ["yes", None, 2],
+    "UI_USERS": [5, {"ana": "reader"}, [1]],
+    "ALLOW_UI_WITHOUT_PASSWORD": ["yes", 1, None],
 }
 
 
