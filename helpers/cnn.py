@@ -261,26 +261,13 @@ def preview(split, settings):
     -------
     keras.Sequential
     """
-    preprocessor = make_preprocessor(split.numeric, split.categorical).fit(split.X_train)
-    n_inputs = preprocessor.transform(split.X_train.head(1)).shape[1]
+    # The number of inputs depends on which levels are rare among the rows fitted.
+    _, rows, _ = _split_validation(split, settings)
+    preprocessor = make_preprocessor(split.numeric, split.categorical)
+    n_inputs = preprocessor.fit_transform(split.X_train.iloc[rows]).shape[1]
     return make_network(
         n_inputs, len(split.labels), settings.filters, settings.kernel_size, settings.l2
     )
-
-
-def log_model(training, split):
-    """Log the network with its preprocessing in the active run.
-
-    Parameters
-    ----------
-    training : Training
-    split : helpers.data.Split
-
-    Returns
-    -------
-    mlflow.models.model.ModelInfo
-    """
-    return tracking.log_model(split, preprocessor=training.preprocessor, network=training.network)
 
 
 def log_training(training, split, settings):
@@ -292,11 +279,14 @@ def log_training(training, split, settings):
     split : helpers.data.Split
     settings : Settings
     """
+    # With few inputs both sizes are smaller than what was set.
+    convolution, pooling = training.network.layers[1:3]
     mlflow.log_params(
         {
             **vars(settings),
+            "kernel_size": convolution.kernel_size[0],
             "optimizer": "Adam, cosine decay",
-            "pool_size": POOL_SIZE,
+            "pool_size": pooling.pool_size[0],
             "n_inputs": training.network.input_shape[1],
             "n_parameters": training.network.count_params(),
             "epochs_trained": len(training.history),

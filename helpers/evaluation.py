@@ -21,6 +21,18 @@ def metric_name(text):
     return allowed.strip() or "_"
 
 
+def _class_names(labels):
+    """Return one name per class for its metrics, none that of an average or of another class."""
+    names = ["micro", "macro"]
+    for label in labels:
+        name, number = metric_name(label), 1
+        while name in names:
+            number += 1
+            name = f"{metric_name(label)}_{number}"
+        names.append(name)
+    return names[2:]
+
+
 def _average_scores(y_true, y_pred, labels):
     scores = {}
     for average in ("micro", "macro"):
@@ -38,9 +50,9 @@ def _average_scores(y_true, y_pred, labels):
 def _class_scores(y_true, y_pred, labels):
     columns = precision_recall_fscore_support(y_true, y_pred, labels=labels, zero_division=0)
     return {
-        f"{score}_{metric_name(label)}": value
+        f"{score}_{name}": value
         for score, values in zip(("precision", "recall", "f1"), columns, strict=False)
-        for label, value in zip(labels, values, strict=True)
+        for name, value in zip(_class_names(labels), values, strict=True)
     }
 
 
@@ -70,7 +82,8 @@ def compute_metrics(y_true, answer, labels):
     dict of str to float
         ``accuracy``, ``f1_micro``, ``precision_micro``, ``recall_micro``, the same macro,
         ``precision_<label>``, ``recall_<label>``, ``f1_<label>``, ``log_loss`` (nats) and
-        ``roc_auc_ovr`` (macro average of one class against the rest).
+        ``roc_auc_ovr`` (macro average of one class against the rest). Characters of a label
+        that MLflow does not allow are ``_``; a name that is taken then gets a number.
     """
     probabilities = answer[[f"probability_{label}" for label in labels]].to_numpy()
     y_true, y_pred = np.asarray(y_true), answer["prediction"].to_numpy()

@@ -195,35 +195,33 @@ class KernelGridSearch(MetaEstimatorMixin, BaseEstimator):
         pending = deque()
         with bar, ThreadPoolExecutor(threads) as pool:
             try:
-                for train, test in splits:
+                for number, (train, test) in enumerate(splits):
                     fold = _Fold(self.estimator, X, y, train, test)
-                    pending.append(
-                        {
-                            pool.submit(self._fit_and_score, fold, gamma, Cs): place
-                            for place, gamma in enumerate(gammas)
-                        }
-                    )
+                    tasks = {
+                        pool.submit(self._fit_and_score, fold, gamma, Cs): place
+                        for place, gamma in enumerate(gammas)
+                    }
+                    pending.append((number, tasks))
                     # Two folds at a time: no thread waits for the distances of the next fold,
                     # which are the largest things in memory.
                     if len(pending) == 2:
-                        self._gather(pending.popleft(), scores, times, bar)
+                        self._gather(*pending.popleft(), scores, times, bar)
                 while pending:
-                    self._gather(pending.popleft(), scores, times, bar)
+                    self._gather(*pending.popleft(), scores, times, bar)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         return scores, times
 
-    def _gather(self, tasks, scores, times, bar):
-        """Take in the results of the next fold, whose rows of `scores` are still empty."""
-        number = int(np.isnan(scores).all(axis=(1, 2)).argmax())
+    def _gather(self, number, tasks, scores, times, bar):
+        """Take in the results of one fold."""
         for task in as_completed(tasks):
             part, seconds, fits = task.result()
             scores[number, :, tasks[task]] = part
             times[number, :, tasks[task]] = seconds
             self.n_fits_ += fits
             bar.update(len(part))
-        best = scores[: number + 1].mean(axis=0).max()
+        best = np.fmax.reduce(scores[: number + 1].mean(axis=0), axis=None)
         bar.set_postfix_str(f"best {best:.4f} after fold {number + 1}")
 
     def _collect(self, scores, times):
@@ -237,6 +235,9 @@ class KernelGridSearch(MetaEstimatorMixin, BaseEstimator):
         # that nearly equal means have the same order and the same pair wins.
         rows = np.ascontiguousarray(flat.T)
         means = np.average(rows, axis=1)
+        # Where a scorer gave no number the pair comes last.
+        known = means[~np.isnan(means)]
+        comparable = np.nan_to_num(means, nan=known.min() - 1 if len(known) else 0)
         return {
             "mean_fit_time": seconds.mean(axis=0),
             "std_fit_time": seconds.std(axis=0),
@@ -248,7 +249,7 @@ class KernelGridSearch(MetaEstimatorMixin, BaseEstimator):
             **{f"split{number}_test_score": part for number, part in enumerate(flat)},
             "mean_test_score": means,
             "std_test_score": np.sqrt(np.average((rows - means[:, None]) ** 2, axis=1)),
-            "rank_test_score": rankdata(-means, method="min").astype("int32"),
+            "rank_test_score": rankdata(-comparable, method="min").astype("int32"),
         }
 
     def fit(self, X, y):

@@ -8,7 +8,7 @@ experiment ``promotions``, so the history is in MLflow itself and nothing in it 
 import pickle
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,6 +27,7 @@ STAGE = "Production"
 HISTORY = "promotions"
 REPRODUCED = 1e-4  # largest difference between a logged metric and the same one recomputed
 SUM_TOLERANCE = 1e-6  # how far the probabilities of a row may be from summing to 1
+MIN_UNSEEN = 30  # test rows new to the version in Production, to measure it on these alone
 LOAD_ERRORS = (
     MlflowException,
     ImportError,
@@ -110,6 +111,11 @@ def _versions(name):
     return sorted(found, key=lambda version: -int(version.version))
 
 
+def _number(version):
+    """Return the number of a version as text, or None; a database gives whole numbers."""
+    return None if version is None else str(version.version)
+
+
 def load_production(name):
     """Load the model in Production as any client would.
 
@@ -188,6 +194,12 @@ class Candidate:
         """Its answer to the test rows."""
         return self.model.predict(self.split.X_test)
 
+    def metrics_on(self, rows):
+        """Return its metrics on some of the test rows; `rows` is an array of bool."""
+        if rows.all():
+            return self.metrics
+        return compute_metrics(self.split.y_test[rows], self.answer[rows], self.split.labels)
+
     @cached_property
     def champion(self):
         """What is in Production under its name, or None."""
@@ -205,11 +217,17 @@ class Champion:
         That logged it.
     split : helpers.data.Split
         Of the candidate.
+    model : mlflow.pyfunc.PyFuncModel or None
+        Loaded as a client would; None if it does not load, its files being lost for example.
     """
 
     version: object
     run: mlflow.entities.Run
     split: object = field(repr=False)
+    model: object = field(repr=False)
+
+    def __str__(self):
+        return f"version {_number(self.version)} in Production"
 
     @classmethod
     def find(cls, name, split):
@@ -217,34 +235,60 @@ class Champion:
         version = production_version(name)
         if version is None:
             return None
-        return cls(version, mlflow.MlflowClient().get_run(version.run_id), split)
-
-    @cached_property
-    def model(self):
-        """The model, loaded as a client would."""
-        return tracking.load_model(f"models:/{self.version.name}/{self.version.version}")
+        try:
+            model = tracking.load_model(f"models:/{name}/{version.version}")
+        except LOAD_ERRORS:
+            model = None
+        return cls(version, mlflow.MlflowClient().get_run(version.run_id), split, model)
 
     @property
     def same_columns(self):
-        """Whether it takes the candidate's columns and gives the same labels."""
+        """Whether it loads, takes the candidate's columns and gives the same labels."""
+        if self.model is None:
+            return False
         known = self.model.metadata.metadata or {}
         return known.get("columns") == tracking.column_kinds(self.split.X_train) and known.get(
             "labels"
         ) == [str(label) for label in self.split.labels]
 
     @cached_property
+    def unseen(self):
+        """The test rows that it was not trained on, an array of bool; None if not known."""
+        if self.run.data.tags.get("split_digest") == self.split.manifest["split_digest"]:
+            return np.ones(len(self.split.X_test), dtype=bool)
+        seen = tracking.training_rows(self.run.info.run_id)
+        if seen is None:
+            return None
+        return ~tracking.row_hashes(self.split.X_test).isin(seen).to_numpy()
+
+    @property
+    def measurable(self):
+        """Whether enough test rows of every class are known to be new to it."""
+        if self.unseen is None or self.unseen.all():
+            return self.unseen is not None
+        classes = set(self.split.y_test[self.unseen])
+        return self.unseen.sum() >= MIN_UNSEEN and classes == set(self.split.labels)
+
+    @cached_property
     def evaluation(self):
         """Its metrics and where they are from, a pair ``(metrics, basis)``.
 
-        On the candidate's test rows, unless it was trained on some of them: with the same
-        table but another split, its own logged metrics are the fair ones.
+        On those of the candidate's test rows that it was not trained on: what it has seen it
+        may know by heart. Where these are too few or not known, the metrics that it logged on
+        its own test rows.
         """
-        manifest, tags = self.split.manifest, self.run.data.tags
-        same_table = tags.get("data_digest") == manifest["digest"]
-        if same_table and tags.get("split_digest") != manifest["split_digest"]:
-            return self.run.data.metrics, "its own test rows (it has seen some of these)"
-        answer = self.model.predict(self.split.X_test)
-        return compute_metrics(self.split.y_test, answer, self.split.labels), "the same test rows"
+        if not self.measurable:
+            basis = "its own test rows (too few of these are known to be new to it)"
+            return self.run.data.metrics, basis
+        X, y = self.split.X_test[self.unseen], self.split.y_test[self.unseen]
+        metrics = compute_metrics(y, self.model.predict(X), self.split.labels)
+        if self.unseen.all():
+            return metrics, "the same test rows"
+        return metrics, f"the {len(y):,} test rows that are new to it"
+
+    def beside(self, candidate):
+        """Return a candidate's metrics on the rows that its own are from, where possible."""
+        return candidate.metrics_on(self.unseen) if self.measurable else candidate.metrics
 
 
 def find_candidates(split, names=tuple(MODELS)):
@@ -292,15 +336,29 @@ def comparison(candidates, baseline):
     -------
     dict of str to dict
         For `helpers.evaluation.metrics_table`. A version in Production that takes other
-        columns is left out: it cannot be measured on these rows.
+        columns or does not load is left out: it cannot be measured on these rows. Where it is
+        measured on a part of the rows, the candidate stands beside it on the same part too.
     """
     metrics = {}
     for name, candidate in candidates.items():
         metrics[name] = candidate.metrics
         champion = candidate.champion
-        if champion is not None and champion.same_columns:
-            title = f"{name} in Production (version {champion.version.version})"
-            metrics[title] = champion.evaluation[0]
+        if champion is None:
+            continue
+        if champion.model is None:
+            notice(f"{name}: {champion} does not load; it is not compared.", level="warning")
+        if not champion.same_columns:
+            continue
+        rows = ""
+        if not champion.measurable:
+            rows = " on its own test rows"
+        elif not champion.unseen.all():
+            rows = f" on {champion.unseen.sum():,} rows"
+            # A candidate that does not load is refused by the checks, which say why.
+            with suppress(*LOAD_ERRORS):
+                metrics[name + rows] = champion.beside(candidate)
+        title = f"{name} in Production (version {_number(champion.version)})"
+        metrics[title + rows] = champion.evaluation[0]
     return {**metrics, "majority class": baseline}
 
 
@@ -355,7 +413,9 @@ def _check_schema(candidate, baseline, rules):
 def _check_unseen_category(candidate, baseline, rules):
     few = candidate.split.X_test.head(5).copy()
     for name in candidate.split.categorical:
-        few[name] = "never seen" if few[name].dtype == object else few[name].max() + 10_000
+        # True and false are all that such a column can hold.
+        if few[name].dtype.kind != "b":
+            few[name] = "never seen" if few[name].dtype == object else few[name].max() + 10_000
     try:
         answer = candidate.model.predict(few)
     except LOAD_ERRORS as error:
@@ -394,37 +454,37 @@ def _check_replaceable(candidate, baseline, rules):
     if rules.allow_replace:
         return "ALLOW_REPLACE is set"
     _require(
-        champion.same_columns,
-        f"version {champion.version.version} in Production takes other columns or gives other "
-        "labels; its clients would break. Use another WORKSPACE, or set ALLOW_REPLACE",
+        champion.same_columns or champion.model is None,
+        f"{champion} takes other columns or gives other labels; its clients would break. Use "
+        "another WORKSPACE, or set ALLOW_REPLACE",
     )
     synthetic = candidate.split.manifest["synthetic"]
     _require(
         not synthetic or champion.run.data.tags.get("synthetic_data") == "true",
-        f"version {champion.version.version} in Production was trained on real data, the "
-        "candidate on the synthetic sample. Set ALLOW_REPLACE if that is meant",
+        f"{champion} was trained on real data, the candidate on the synthetic sample. Set "
+        "ALLOW_REPLACE if that is meant",
     )
-    return f"same columns and labels as version {champion.version.version}"
+    if champion.model is None:
+        return f"{champion} does not load: it serves nobody"
+    return f"same columns and labels as {champion}"
 
 
 def _check_champion(candidate, baseline, rules):
     champion = candidate.champion
     if champion is None:
         return "nothing in Production yet"
+    if champion.model is None:
+        return f"{champion} does not load: there is nothing to compare with"
     if not champion.same_columns:
         _require(rules.allow_replace, "cannot be compared with the version in Production")
         return "not comparable; ALLOW_REPLACE is set"
     metrics, basis = champion.evaluation
-    score, floor = candidate.metrics["f1_macro"], metrics["f1_macro"] - rules.max_loss
+    score, floor = champion.beside(candidate)["f1_macro"], metrics["f1_macro"] - rules.max_loss
     _require(
         score >= floor,
-        f"macro F1 {score:.4f} is below {floor:.4f} (version {champion.version.version} on "
-        f"{basis}, less MAX_LOSS)",
+        f"macro F1 {score:.4f} is below {floor:.4f} ({champion} on {basis}, less MAX_LOSS)",
     )
-    return (
-        f"macro F1 {score:.4f}, version {champion.version.version} {metrics['f1_macro']:.4f} "
-        f"on {basis}"
-    )
+    return f"macro F1 {score:.4f}, {champion} {metrics['f1_macro']:.4f} on {basis}"
 
 
 # The promotion rule, in order. A check takes the candidate, the baseline's metrics and the
@@ -574,10 +634,13 @@ def _set_stage(name, version):
 
 
 def _move_to_production(action, name, to_version, reason, by):
-    """Put a version in Production and record it as a run of the history."""
+    """Put a version in Production and record it as a run of the history.
+
+    The alias, which decides what clients load, moves last: after an error clients still get the
+    version before, and the same promotion can be asked for again.
+    """
     client = mlflow.MlflowClient()
-    current = production_version(name)
-    from_version = current.version if current else None
+    from_version = _number(production_version(name))
     params = {
         "action": action,
         "model": name,
@@ -590,8 +653,8 @@ def _move_to_production(action, name, to_version, reason, by):
         mlflow.log_metrics(_version_metrics(name, to_version, "to"))
         if from_version:
             mlflow.log_metrics(_version_metrics(name, from_version, "from"))
-        client.set_registered_model_alias(name, ALIAS, to_version)
         mlflow.set_tag("stage_set", str(_set_stage(name, to_version)).lower())
+        client.set_registered_model_alias(name, ALIAS, to_version)
     return client.get_model_version(name, to_version)
 
 
@@ -628,25 +691,28 @@ def promote(name, version, reason, by=None):
     version = str(version)
     _require_version(name, version)
     current = production_version(name)
-    if current and current.version == version and ALIAS in current.aliases:
+    if _number(current) == version and ALIAS in current.aliases:
         if current.current_stage != STAGE:
             _set_stage(name, version)
-        return current
+        return mlflow.MlflowClient().get_model_version(name, version)
     return _move_to_production("promote", name, version, reason, tracking.user_name(by))
 
 
 def _require_version(name, version):
-    if version not in [known.version for known in _versions(name)]:
+    known = [_number(each) for each in _versions(name)]
+    if version not in known:
         raise RegistryError(
             f"The registered model {name!r} has no version {version}. Versions: "
-            f"{', '.join(known.version for known in _versions(name)) or 'none'}."
+            f"{', '.join(known) or 'none'}."
         )
 
 
 def rollback(name, reason, by=None):
     """Put the previous version back in Production, in one call.
 
-    Called again, it goes one version further back: each promotion is undone once.
+    Called again, it goes one version further back: each promotion is undone once. Where
+    somebody moved the alias or the stage by hand, the previous version is the last one in the
+    history other than the one in Production now.
 
     Parameters
     ----------
@@ -667,15 +733,19 @@ def rollback(name, reason, by=None):
     RegistryError
         If there is nothing to go back to.
     """
-    known = {version.version for version in _versions(name)}
-    earlier = [version for version in _production_line(name)[:-1] if version in known]
+    candidates = {_number(version) for version in _versions(name)}
+    candidates.discard(_number(production_version(name)))
+    earlier = [version for version in _production_line(name) if version in candidates]
     if not earlier:
         raise RegistryError(f"{name!r} has no earlier version in Production to go back to.")
     return _move_to_production("rollback", name, earlier[-1], reason, tracking.user_name(by))
 
 
 def _production_line(name):
-    """Return the versions that were promoted on top of each other, the current one last."""
+    """Return the versions that were promoted on top of each other, the newest last.
+
+    The version in Production now is not among them where somebody put it there by hand.
+    """
     line = []
     for event in reversed(_events(name)):
         before, after = event["from_version"], event["to_version"]
@@ -790,12 +860,12 @@ def promote_candidates(candidates, checks, reason="passed all checks", by=None):
         version = register(candidate, table)
         if len(failed):
             why = "; ".join(f"{title}: {finding}" for title, finding in failed["finding"].items())
-            decisions[name] = (version.version, "refused", why)
+            decisions[name] = (_number(version), "refused", why)
         else:
             before = production_version(name)
             promote(name, version.version, reason, by)
-            same = before is not None and before.version == version.version
-            decisions[name] = (version.version, "in Production", "already" if same else reason)
+            same = _number(before) == _number(version)
+            decisions[name] = (_number(version), "in Production", "already" if same else reason)
     table = pd.DataFrame.from_dict(
         decisions, orient="index", columns=["version", "decision", "why"]
     )
@@ -845,7 +915,7 @@ def models_table():
             rows.append(
                 {
                     "name": name,
-                    "version": version.version,
+                    "version": _number(version),
                     "stage": version.current_stage,
                     "aliases": ", ".join(f"@{alias}" for alias in aliases),
                     "accuracy": metrics.get("accuracy"),

@@ -3,7 +3,8 @@
 ``python -m helpers.run [--workspace DIR] [--data SOURCE] [-p NAME VALUE]... [--only 02,03]
 [--resume]``: executes the notebooks, those that do not need each other side by side, writes
 them to ``WORKSPACE/executed/`` and ends with a table of what was trained and what is in
-Production. Exit code 0, or 1 with the notebook, the cell and the error.
+Production. Exit code 0; 1 with the notebook, the cell and the error; 2 for a wrong command
+line; 130 after an interrupt.
 """
 
 import argparse
@@ -244,12 +245,12 @@ def _has_results(number, workspace):
         tracking.connect(workspace, keep=False)
         if number in ("04", "05"):
             return all(registry.production_version(name) for name in registry.MODELS)
-        experiment, run_name = {
-            "02": ("conv_network", "default_logistic"),
-            "03": ("svc_model", "svm"),
-        }[number]
         digest = split.manifest["split_digest"]
-        return tracking.latest_run(experiment, run_name, digest) is not None
+        return all(
+            tracking.latest_run(experiment, run_name, digest)
+            for experiment, run_name, notebook in registry.MODELS.values()
+            if notebook == STEPS[number].name
+        )
     except MissingStepError:
         return False
 
@@ -279,6 +280,9 @@ def select_steps(only, resume, digests, record, report):
     running = []
     for number in chosen:
         reason = record.reason_to_run(number, digests[number])
+        again = [STEPS[need].name for need in STEPS[number].needs if need in running]
+        if reason is None and again:
+            reason = f"it needs {' and '.join(again)}"
         if reason is None:
             report(f"{STEPS[number].name}: skipped, done and unchanged")
         else:
@@ -379,7 +383,9 @@ def run_steps(numbers, parameters, digests, workspace, report):
             while waiting or running:
                 for number in [n for n in waiting if set(STEPS[n].needs) <= done]:
                     waiting.remove(number)
-                    record.set(number, None)
+                    # What needs it is out of date from here on, even if this run ends before.
+                    for each in (number, *(n for n in STEPS if number in STEPS[n].needs)):
+                        record.set(each, None)
                     report(f"{STEPS[number].name}: started")
                     task = pool.submit(
                         execute, STEPS[number], parameters[number], workspace, int(number) - 1

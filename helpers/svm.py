@@ -126,7 +126,7 @@ def fit_best(split, C, gamma, folds=5, n_jobs=-1):
     calibrated = CalibratedClassifierCV(
         pipeline, method="sigmoid", cv=StratifiedKFold(folds), ensemble=False
     )
-    with parallel_config("threading", n_jobs=n_jobs):
+    with parallel_config("threading", n_jobs=n_jobs or 1):
         return calibrated.fit(split.X_train, split.y_train)
 
 

@@ -8,7 +8,6 @@ import platform
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import threading
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import joblib
 import mlflow
+import pandas as pd
 import psutil
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
@@ -28,10 +28,12 @@ from mlflow.types.schema import AnyType
 from helpers import access, server
 from helpers.display import silenced_libraries
 from helpers.evaluation import compute_metrics, plot_confusion_matrix
+from helpers.workspace import in_colab
 
 INTERFACE = Path(__file__).with_name("model_interface.py")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 MODEL_FILES = {"classifier": "classifier.joblib", "preprocessor": "preprocessor.joblib"}
+TRAINING_ROWS = "training_rows.txt"  # artifact: the hash of each row that a run was trained on
 
 
 # --- connecting -------------------------------------------------------------------------------
@@ -59,7 +61,8 @@ def connect(workspace, keep=None):
         If the server does not answer or does not start.
     """
     uri = server.connect(workspace, keep)
-    named = "MLFLOW_TRACKING_URI" in os.environ
+    # As everywhere, an empty variable (a secret that is not set) names no server.
+    named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     if named:
@@ -139,10 +142,15 @@ def open_experiment(name):
 
 
 def _process_tags():
+    """Return the tags that say which process a run belongs to and what it ran on."""
     return {
         "process.host": socket.gethostname(),
         "process.pid": str(os.getpid()),
         "process.created": f"{psutil.Process().create_time():.2f}",
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "runtime": "colab" if in_colab() else "local",
     }
 
 
@@ -285,13 +293,59 @@ def log_figure(figure, path):
     mlflow.log_figure(figure, path, save_kwargs={"dpi": 120})
 
 
+def row_hashes(X):
+    """Return a hash of each row, the same for the same values wherever they are read.
+
+    Neither the order of the columns nor whether numbers are integers or floats matters: one
+    missing value more turns a column of integers into one of floats.
+
+    Parameters
+    ----------
+    X : pandas.DataFrame, shape (n_rows, n_columns)
+        Features. Without the target: a row whose label was corrected is the same row.
+
+    Returns
+    -------
+    pandas.Series, shape (n_rows,)
+        16 hexadecimal digits each; with the index of `X`.
+    """
+    alike = {}
+    for name in sorted(X.columns):
+        number = X[name].dtype.kind in "biuf"
+        # Adding zero makes -0.0, which equals 0.0 but has other bits, the same as 0.0.
+        alike[name] = X[name].astype("float64") + 0.0 if number else X[name].astype(object)
+    return pd.util.hash_pandas_object(pd.DataFrame(alike), index=False).map("{:016x}".format)
+
+
+def training_rows(run_id):
+    """Return the hashes of the rows that a run was trained on.
+
+    Parameters
+    ----------
+    run_id : str
+
+    Returns
+    -------
+    set of str or None
+        See `row_hashes`; None if the run did not log them.
+    """
+    files = mlflow.MlflowClient().list_artifacts(run_id)
+    if TRAINING_ROWS not in [file.path for file in files]:
+        return None
+    return set(mlflow.artifacts.load_text(f"runs:/{run_id}/{TRAINING_ROWS}").split())
+
+
 def log_split(split):
     """Log the training and test rows as dataset inputs of the active run.
+
+    The hashes of the training rows go with them: with these, the model can later be measured
+    on rows of a grown or newly split table that it has not seen.
 
     Parameters
     ----------
     split : helpers.data.Split
     """
+    mlflow.log_text("\n".join(row_hashes(split.X_train).unique()), TRAINING_ROWS)
     parts = {"training": (split.X_train, split.y_train), "testing": (split.X_test, split.y_test)}
     for context, (X, y) in parts.items():
         dataset = mlflow.data.from_pandas(
@@ -307,18 +361,6 @@ def _dataset_source(source):
     from helpers.data import SAMPLE, UCI_URL
 
     return {"uci": UCI_URL, "sample": str(SAMPLE)}.get(source, source)
-
-
-def log_environment():
-    """Tag the active run with what it ran on."""
-    mlflow.set_tags(
-        {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "cores": str(os.cpu_count()),
-            "runtime": "colab" if "google.colab" in sys.modules else "local",
-        }
-    )
 
 
 def column_kinds(X):

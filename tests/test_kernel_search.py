@@ -1,3 +1,6 @@
+import json
+from unittest.mock import MagicMock
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +17,7 @@ from sklearn.svm import SVC
 from helpers import svm
 from helpers.kernel_search import KernelGridSearch
 from helpers.preprocessing import make_preprocessor
+from helpers.workspace import PROJECT_ROOT
 
 GRID = {"C": [0.1, 1.0, 8.0, 64.0], "gamma": [0.01, 0.1, 1.0]}
 
@@ -216,6 +220,31 @@ def test_estimator_and_grid_given_are_left_as_they_were():
     assert grid == {"C": [2.0, 1.0], "gamma": [0.1]}
 
 
+def no_score_of_a_fold(y_true, y_pred):
+    return np.nan if len(y_true) == 51 else float(np.mean(y_true == y_pred))
+
+
+def no_score_of_one_class(y_true, y_pred):
+    return np.nan if len(set(y_pred)) == 1 else float(np.mean(y_true == y_pred))
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+@pytest.mark.parametrize("score", [no_score_of_a_fold, no_score_of_one_class])
+def test_scores_that_are_no_numbers_stay_with_their_fold_and_pair(score):
+    X, y = make_data(2, rows=151, weights=[0.7, 0.3])
+    grid = {"C": [1e-3, 1.0, 8.0], "gamma": [0.01, 0.1]}
+    ours, theirs = both(scaled_svm(), grid, X, y, scoring=make_scorer(score), cv=KFold(3))
+    missing = np.isnan(ours.cv_results_["split0_test_score"])
+    assert missing.any()
+    for fold in range(3):
+        name = f"split{fold}_test_score"
+        np.testing.assert_allclose(ours.cv_results_[name], theirs.cv_results_[name], atol=1e-12)
+    assert ours.cv_results_["rank_test_score"].tolist() == (
+        theirs.cv_results_["rank_test_score"].tolist()
+    )
+    assert ours.best_params_ == theirs.best_params_
+
+
 def test_error_inside_a_fold_reaches_the_caller():
     X, y = make_data()
     with pytest.raises(ValueError, match="C"):
@@ -256,6 +285,27 @@ def test_notebook_search_equals_gridsearchcv_on_the_training_rows(small_split):
         "C": expected.best_params_["svc__C"],
         "gamma": expected.best_params_["svc__gamma"],
     }
+
+
+def test_notebook_keeps_its_number_of_threads_for_the_calibration(small_split):
+    path = PROJECT_ROOT / "notebooks" / "03_svm_grid_search.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    (cell,) = [source for cell in cells if "svm.fit_best(" in (source := "".join(cell["source"]))]
+    machine, mlflow_side = MagicMock(), MagicMock()
+    machine.best_pair.return_value = {"C": 1.0, "gamma": 0.1}
+    mlflow_side.evaluate_logged_model.return_value = ({}, None)
+    names = {"svm": machine, "tracking": mlflow_side, "split": small_split}
+    exec(cell, {**names, "grid": {}, "folds": 3, "parameters": {"N_JOBS": 3}})
+    assert machine.search.call_args.args[-1] == 3
+    assert machine.fit_best.call_args.kwargs["n_jobs"] == 3
+
+
+@pytest.mark.parametrize("n_jobs", [0, 1, -1])
+def test_number_of_threads_does_not_change_the_calibrated_model(small_split, n_jobs):
+    model = svm.fit_best(small_split, 1.0, 0.1, folds=3, n_jobs=n_jobs)
+    same = svm.fit_best(small_split, 1.0, 0.1, folds=3)
+    answers = [each.predict_proba(small_split.X_test) for each in (model, same)]
+    np.testing.assert_array_equal(*answers)
 
 
 def test_default_grid_is_the_documented_one():

@@ -1,5 +1,6 @@
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from sklearn.metrics import (
 )
 from sklearn.model_selection import train_test_split
 
-from helpers import cnn, data, svm, tracking
+from helpers import access, cnn, data, svm, tracking
+from helpers.evaluation import compute_metrics
 from helpers.preprocessing import make_preprocessor
 from helpers.workspace import ParameterError
 
@@ -56,6 +58,31 @@ def test_network_takes_tables_with_very_few_inputs(n_inputs):
     network = cnn.make_network(n_inputs, 2, kernel_size=5)
     answer = network(np.ones((4, n_inputs), "float32")).numpy()
     np.testing.assert_allclose(answer.sum(axis=1), 1, atol=1e-6)
+
+
+def test_network_shown_before_training_is_the_one_that_is_trained(small_split):
+    # Two levels of 20 rows each: frequent among all training rows, rare once some are held out.
+    levels = np.repeat(["a", "b", "c"], [20, 20, len(small_split.X_train) - 40])
+    manifest = {**small_split.manifest, "categorical": ["city", "course", "level"]}
+    split = replace(
+        small_split, X_train=small_split.X_train.assign(level=levels), manifest=manifest
+    )
+    settings = replace(QUICK, epochs=1, validation_size=0.3)
+    shown, trained = cnn.preview(split, settings), cnn.train(split, settings).network
+    assert shown.input_shape == trained.input_shape
+    assert shown.count_params() == trained.count_params()
+
+
+def test_sizes_logged_are_those_of_the_network_that_was_trained(small_split, tracking_server):
+    manifest = {**small_split.manifest, "categorical": [], "numeric": ["length", "width", "age"]}
+    split = replace(small_split, manifest=manifest)
+    settings = replace(QUICK, epochs=1)
+    training = cnn.train(split, settings)
+    with tracking.start_run("conv_network", "few_inputs") as run:
+        cnn.log_training(training, split, settings)
+    params = mlflow.get_run(run.info.run_id).data.params
+    assert settings.kernel_size == 5
+    assert (params["n_inputs"], params["kernel_size"], params["pool_size"]) == ("3", "3", "1")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +211,8 @@ def log_network(split, settings=QUICK):
     with tracking.start_run("conv_network", "default_logistic", split.manifest) as run:
         training = cnn.train(split, settings)
         cnn.log_training(training, split, settings)
-        info = cnn.log_model(training, split)
+        parts = {"preprocessor": training.preprocessor, "network": training.network}
+        info = tracking.log_model(split, **parts)
         metrics, _ = tracking.evaluate_logged_model(info, split)
     return run, info, metrics
 
@@ -365,6 +393,44 @@ def test_logged_metrics_are_those_of_the_model_loaded_back(logged, small_split):
     stored = {name: logged.run.data.metrics[name] for name in expected}
     assert stored == pytest.approx(expected, abs=1e-6)
     assert expected["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["macro", "micro", "other"], ["macro_2", "micro_2", "other"]),
+        (["A*", "A+", "B"], ["A_", "A__2", "B"]),
+        (["A*", "A+", "A__2"], ["A_", "A__2", "A__2_2"]),
+    ],
+)
+def test_metrics_of_classes_overwrite_neither_averages_nor_each_other(labels, names):
+    truth = np.array(labels)[[0, 0, 0, 0, 1, 1, 1, 2, 2]]
+    guess = np.array(labels)[[0, 0, 0, 1, 1, 2, 2, 2, 0]]
+    answer = pd.DataFrame({"prediction": guess})
+    for label in labels:
+        answer[f"probability_{label}"] = np.where(guess == label, 0.8, 0.1)
+    metrics = compute_metrics(truth, answer, labels)
+    for score, function in {"f1": f1_score, "recall": recall_score}.items():
+        for average in ("micro", "macro"):
+            assert metrics[f"{score}_{average}"] == function(truth, guess, average=average)
+        each = function(truth, guess, average=None, labels=labels)
+        assert [metrics[f"{score}_{name}"] for name in names] == each.tolist()
+
+
+def test_empty_tracking_uri_names_no_server(tracking_server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.delenv(tracking.USER, raising=False)
+    assert tracking.connect(tracking_server.workspace, keep=False) == tracking_server.url
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert os.environ[tracking.USER] == access.NOTEBOOKS
+
+
+def test_run_says_what_it_ran_on(logged):
+    tags = logged.run.data.tags
+    assert tags["python"] == platform.python_version()
+    assert tags["platform"] == platform.platform()
+    assert int(tags["cores"]) == os.cpu_count()
+    assert tags["runtime"] == "local"
 
 
 def test_run_says_what_it_was_trained_on_and_holds_the_documented_files(logged, small_split):

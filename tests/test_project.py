@@ -55,6 +55,28 @@ def test_notebook_is_committed_without_outputs_and_with_a_sentence_before_each_c
             assert len("".join(cell["source"]).splitlines()) <= 25
 
 
+FIRST_CELLS = ["".join(code_cells(path)[0]["source"]) for path in NOTEBOOKS]
+
+
+def test_first_cell_says_that_the_project_cannot_be_fetched(tmp_path):
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\nexit 128\n")
+    git.chmod(0o755)
+    colab = "import sys; sys.modules['google.colab'] = sys\n"
+    # Not the place in Colab, where somebody may have a copy.
+    cell = FIRST_CELLS[0].replace("/content/project", str(tmp_path / "project"))
+    done = subprocess.run(
+        [sys.executable, "-c", colab + cell],
+        cwd=tmp_path,
+        env={"PATH": str(tmp_path), "REPO_URL": "https://example.org/none.git"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.startswith("git cannot fetch REPO_URL")
+    assert set(FIRST_CELLS) == {FIRST_CELLS[0]}
+
+
 def test_helpers_other_than_the_network_do_not_import_tensorflow():
     code = (
         "import sys; import helpers.registry, helpers.svm, helpers.run, helpers.data;"

@@ -13,9 +13,12 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from sklearn.dummy import DummyClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.tree import DecisionTreeClassifier
 
-from helpers import access, registry, svm, tracking
-from helpers.evaluation import majority_baseline
+from helpers import access, data, registry, svm, tracking
+from helpers.evaluation import compute_metrics, majority_baseline
+from helpers.preprocessing import make_preprocessor
 from helpers.registry import Candidate, Rules
 from helpers.workspace import MissingStepError
 
@@ -24,9 +27,14 @@ def with_manifest(split, **changes):
     return replace(split, manifest={**split.manifest, **changes})
 
 
-def log_run(split, classifier, **falsified):
-    """Log a classifier as notebook 03 does; `falsified` metrics are logged over the real ones."""
+def log_run(split, classifier, with_rows=False, **falsified):
+    """Log a classifier as notebook 03 does; `falsified` metrics are logged over the real ones.
+
+    Runs from before training rows were logged are as those without `with_rows`.
+    """
     with tracking.start_run("svc_model", "svm", split.manifest) as run:
+        if with_rows:
+            tracking.log_split(split)
         info = tracking.log_model(split, classifier=classifier)
         tracking.evaluate_logged_model(info, split)
         mlflow.log_metrics(falsified)
@@ -304,6 +312,85 @@ def test_error_of_the_server_other_than_missing_stages_is_not_hidden(name, shop,
     assert registry.history(name)["result"].tolist() == ["FAILED"]
 
 
+def set_alias(name, version):
+    mlflow.MlflowClient().set_registered_model_alias(name, "production", version)
+
+
+def promote_1_and_2_of_3(name, shop):
+    register_all(name, shop, shop.good)
+    for version in (1, 2):
+        registry.promote(name, version, "promoted")
+
+
+def test_rollback_from_an_alias_moved_forward_by_hand_goes_to_the_last_one_promoted(name, shop):
+    promote_1_and_2_of_3(name, shop)
+    set_alias(name, "3")
+    assert registry.rollback(name, "by hand was wrong").version == "2"
+    assert (aliased(name), stages(name)["2"]) == ("2", "Production")
+    assert registry.history(name)["from_version"].iloc[0] == "3"
+    assert registry.rollback(name, "further back").version == "1"
+
+
+def test_rollback_from_an_alias_moved_back_by_hand_never_goes_to_that_version(name, shop):
+    promote_1_and_2_of_3(name, shop)
+    set_alias(name, "1")
+    assert registry.rollback(name, "complaint").version == "2"
+    event = registry.history(name).iloc[0]
+    assert (event["from_version"], event["to_version"]) == ("1", "2")
+    assert registry.rollback(name, "complaint").version == "1"
+    with pytest.raises(registry.RegistryError, match=name):
+        registry.rollback(name, "nothing is left")
+
+
+def test_promotion_that_fails_half_way_leaves_production_and_can_be_done_again(
+    name, shop, monkeypatch
+):
+    def broken(*arguments, **options):
+        raise MlflowException("the disk is full")
+
+    promote_1_and_2_of_3(name, shop)
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "transition_model_version_stage", broken)
+        with pytest.raises(MlflowException, match="the disk is full"):
+            registry.promote(name, 3, "fails")
+    assert aliased(name) == "2"
+    assert stages(name)["2"] == "Production"
+    version = registry.promote(name, 3, "again")
+    assert (version.version, version.current_stage) == ("3", "Production")
+    assert version.aliases == ["production"]
+    assert registry.history(name)["result"].tolist()[:2] == ["FINISHED", "FAILED"]
+    assert registry.rollback(name, "complaint").version == "2"
+
+
+def test_promoting_the_version_with_the_alias_returns_it_with_its_stage(name, shop):
+    register_all(name, shop, shop.good[:1])
+    set_alias(name, "1")
+    assert registry.promote(name, 1, "adopted").current_stage == "Production"
+
+
+def test_database_without_a_server_promotes_and_rolls_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite:///{tmp_path}/store.db"
+    try:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_registry_uri(uri)
+        client = mlflow.MlflowClient()
+        client.create_registered_model("model")
+        for _ in range(2):
+            run = client.create_run(client.create_experiment(uuid.uuid4().hex)).info.run_id
+            client.create_model_version("model", str(tmp_path), run)
+        with pytest.raises(registry.RegistryError, match="no version 7.*2, 1"):
+            registry.promote("model", 7, "wrong")
+        for version in (1, 2):
+            registry.promote("model", version, "promoted")
+        registry.promote("model", 2, "again")
+        assert registry.rollback("model", "complaint").current_stage == "Production"
+        assert registry.history("model")["to_version"].tolist() == ["1", "2", "1"]
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+
+
 # --- candidates that are refused ---------------------------------------------------------------
 
 
@@ -394,6 +481,25 @@ def test_candidate_whose_files_are_destroyed_is_refused_and_not_registered(
     assert stages(name) == {}
 
 
+def test_production_that_no_longer_loads_is_replaced(name, shop, tracking_server, capsys):
+    lost = log_run(shop.split, shop.classifier)
+    try_to_promote(name, shop, lost)
+    (logged,) = lost.outputs.model_outputs
+    (folder,) = tracking_server.workspace.artifacts.rglob(f"{logged.model_id}/artifacts")
+    damage_gone(folder)
+    metrics = registry.comparison({name: Candidate(name, shop.weak, shop.split)}, shop.baseline)
+    assert list(metrics) == [name, "majority class"]
+    assert "version 1 in Production does not load" in capsys.readouterr().out
+    checks, decision = try_to_promote(name, shop, shop.synthetic, shop.synthetic_split)
+    assert failed(checks) == ["may replace Production"]
+    checks, decision = try_to_promote(name, shop, shop.weak)
+    assert failed(checks) == []
+    for check in ("may replace Production", "not worse than Production"):
+        assert "version 1 in Production does not load" in checks["finding"][check]
+    assert decision["decision"] == "in Production"
+    assert aliased(name) == decision["version"]
+
+
 def test_candidate_with_other_columns_is_refused_unless_replacing_is_allowed(name, shop):
     try_to_promote(name, shop, shop.good[0])
     checks, decision = try_to_promote(name, shop, shop.narrow, shop.narrow_split)
@@ -435,6 +541,120 @@ def test_production_trained_on_some_of_the_test_rows_is_judged_by_its_own_metric
     metrics, basis = champion.evaluation
     assert metrics == shop.good[0].data.metrics
     assert "its own test rows" in basis
+
+
+def learner(split):
+    """Fit what knows its training rows by heart."""
+    tree = make_pipeline(
+        make_preprocessor(split.numeric, split.categorical), DecisionTreeClassifier(random_state=0)
+    )
+    return tree.fit(split.X_train, split.y_train)
+
+
+def split_of(frame, seed=0, categorical=("course",)):
+    content = frame.to_csv(index=False).encode()
+    return data.split_table(
+        data.read_table(content, "grown", categorical=list(categorical)), 0.3, seed
+    )
+
+
+@pytest.fixture
+def learned(name, small_frame):
+    """What knows its rows by heart is in Production; its table is the start of a longer one."""
+    frame = small_frame(rows=300)
+    frame["Target"] = partly_shuffled(frame["Target"], 0.4)
+    split = split_of(frame.head(240))
+    run = log_run(split, learner(split), with_rows=True)
+    version = registry.register(Candidate(name, run, split), pd.DataFrame({"passed": [True]}))
+    registry.promote(name, version.version, "first")
+    return SimpleNamespace(name=name, frame=frame, split=split, run=run)
+
+
+def test_production_is_measured_on_rows_of_a_grown_table_that_it_has_not_seen(learned, shop):
+    grown = learned.frame[learned.frame.columns[::-1]].copy()
+    # A missing value turns whole numbers into floats; the rows are the same.
+    grown.loc[299, "age"] = None
+    split = split_of(grown)
+    candidate = Candidate(learned.name, log_run(split, svm.fit_best(split, 1.0, 0.1)), split)
+    known = set(learned.split.X_train.index)
+    new = ~split.X_test.index.isin(known)
+    assert 30 < new.sum() < len(new)
+    checks = registry.check_candidate(candidate, shop.baseline)
+    assert failed(checks) == []
+    assert candidate.champion.unseen.tolist() == new.tolist()
+    answers = candidate.champion.model.predict(split.X_test)
+    everywhere = compute_metrics(split.y_test, answers, split.labels)["f1_macro"]
+    fair = compute_metrics(split.y_test[new], answers[new], split.labels)["f1_macro"]
+    assert fair < candidate.metrics["f1_macro"] < everywhere - Rules().max_loss
+    assert candidate.champion.evaluation[0]["f1_macro"] == pytest.approx(fair)
+    own = compute_metrics(split.y_test[new], candidate.answer[new], split.labels)["f1_macro"]
+    finding = checks["finding"]["not worse than Production"]
+    assert f"the {new.sum()} test rows that are new to it" in finding
+    assert f"macro F1 {own:.4f}" in finding
+    table = registry.comparison({learned.name: candidate}, shop.baseline)
+    columns = [
+        learned.name,
+        f"{learned.name} on {new.sum()} rows",
+        f"{learned.name} in Production (version 1) on {new.sum()} rows",
+        "majority class",
+    ]
+    assert list(table) == columns
+    assert [table[column]["f1_macro"] for column in columns[1:3]] == pytest.approx([own, fair])
+
+
+def test_too_few_new_rows_leave_production_with_its_own_metrics(learned):
+    split = split_of(learned.frame.head(240), seed=1)
+    candidate = Candidate(learned.name, learned.run, split)
+    assert 0 < candidate.champion.unseen.sum() < registry.MIN_UNSEEN
+    metrics, basis = candidate.champion.evaluation
+    assert metrics == learned.run.data.metrics
+    assert "its own test rows (too few" in basis
+    title = f"{learned.name} in Production (version 1) on its own test rows"
+    assert title in registry.comparison({learned.name: candidate}, {})
+
+
+def test_class_missing_among_new_rows_leaves_production_with_its_own_metrics(learned, monkeypatch):
+    monkeypatch.setattr(registry, "MIN_UNSEEN", 10)
+    split = split_of(learned.frame)
+    champion = Candidate(learned.name, learned.run, split).champion
+    assert champion.measurable
+    champion.unseen &= (split.y_test != "high").to_numpy()
+    assert champion.unseen.sum() >= registry.MIN_UNSEEN
+    assert champion.evaluation[0] == learned.run.data.metrics
+
+
+def test_production_whose_training_rows_are_not_known_is_judged_by_its_own_metrics(name, shop):
+    try_to_promote(name, shop, shop.good[0])
+    other = with_manifest(shop.split, split_digest=uuid.uuid4().hex, digest="grown")
+    metrics, basis = Candidate(name, shop.good[1], other).champion.evaluation
+    assert metrics == shop.good[0].data.metrics
+    assert "its own test rows" in basis
+
+
+def test_hash_of_a_row_depends_on_its_values_alone():
+    frame = pd.DataFrame(
+        {"n": [1, 2, 0], "x": [0.5, np.nan, 0.0], "b": [True, False, True], "t": ["é", None, "é"]}
+    )
+    frame["t"] = frame["t"].astype(object)
+    hashes = tracking.row_hashes(frame)
+    assert hashes.is_unique
+    assert hashes.str.fullmatch("[0-9a-f]{16}").all()
+    other = frame.astype({"n": "float64", "b": "int64"}).set_axis([7, 8, 9])[list("txbn")]
+    other.loc[9, "n"] = -0.0
+    other.loc[8, "t"] = np.nan
+    assert tracking.row_hashes(other).tolist() == hashes.tolist()
+    assert tracking.row_hashes(other).index.tolist() == [7, 8, 9]
+    renamed = frame.rename(columns={"n": "x", "x": "n"})
+    assert not set(tracking.row_hashes(renamed.iloc[:2])) & set(hashes)
+
+
+def test_true_or_false_column_that_is_a_category_can_be_promoted(name, small_frame):
+    frame = small_frame(seed=3).assign(debtor=lambda table: table["width"] > 7)
+    split = split_of(frame, categorical=["course", "debtor"])
+    assert split.X_train["debtor"].dtype == bool
+    candidate = Candidate(name, log_run(split, svm.fit_best(split, 1.0, 0.1, folds=3)), split)
+    baseline = majority_baseline(split.y_train, split.y_test, split.labels)
+    assert failed(registry.check_candidate(candidate, baseline)) == []
 
 
 def test_refused_candidate_fails_a_batch_run(name, shop, monkeypatch):

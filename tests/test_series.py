@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
-from helpers import registry
+from helpers import registry, run
 from helpers.data import load_split
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
@@ -318,6 +318,38 @@ def test_wrong_command_line_is_refused_before_anything_is_made(tmp_path, argumen
     assert not (tmp_path / "ws" / "data" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("undone", "numbers"),
+    [
+        ([], []),
+        (["02"], ["02", "04", "05"]),
+        (["03"], ["03", "04", "05"]),
+        (["04"], ["04", "05"]),
+        (["01"], list(run.STEPS)),
+    ],
+)
+def test_resume_runs_what_needs_a_step_that_runs_again(workspace, monkeypatch, undone, numbers):
+    monkeypatch.setattr(run, "_has_results", lambda number, workspace: True)
+    record, digests, lines = run.Record(workspace), dict.fromkeys(run.STEPS, "same"), []
+    for number in run.STEPS:
+        record.set(number, None if number in undone else "same")
+    assert run.select_steps(None, True, digests, record, lines.append) == numbers
+    assert sum("skipped" in line for line in lines) == len(run.STEPS) - len(numbers)
+    if undone == ["02"]:
+        assert "04_registry_promotion: runs, it needs 02_cnn_training" in lines
+
+
+def test_step_that_ran_alone_leaves_what_needs_it_undone(workspace, monkeypatch):
+    monkeypatch.setattr(run, "_has_results", lambda number, workspace: True)
+    monkeypatch.setattr(run, "execute", lambda *arguments: None)
+    record, digests, lines = run.Record(workspace), dict.fromkeys(run.STEPS, "same"), []
+    parameters = dict.fromkeys(run.STEPS, {})
+    assert run.run_steps(list(run.STEPS), parameters, digests, workspace, lines.append) == []
+    assert run.select_steps(None, True, digests, record, lines.append) == []
+    run.run_steps(["02"], parameters, digests, workspace, lines.append)
+    assert run.select_steps(None, True, digests, record, lines.append) == ["04", "05"]
+
+
 def test_no_server_at_the_tracking_uri_is_said_before_training(tmp_path):
     result = run_series(
         tmp_path / "ws", "--data", "sample", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
@@ -360,7 +392,7 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
     changed = run_series(
         folder, "--data", "sample", "--resume", *ONE_PAIR, "-p", "MAX_LOSS", "0.02"
     )
-    assert changed.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS) - 1
+    assert changed.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS) - 2
     assert "04_registry_promotion: runs, its notebook, parameters" in changed.stdout
 
 
