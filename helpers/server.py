@@ -117,24 +117,26 @@ def _write_state(workspace, server):
         path.write_text(json.dumps(asdict(server)), encoding="utf-8")
 
 
-def _port_is_free(port):
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def _listen(wanted):
+    """Take the wanted port, or the next free one and say so.
+
+    The socket is bound here and handed to the server: a port that was only looked at could be
+    taken by another workspace's server until this one has started.
+    """
+    for port in range(wanted, min(wanted + 100, 65536)):
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         if os.name != "nt":
             # As servers do: a port whose last connections are still closing is free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            listener.bind((HOST, port))
+            listener.listen(128)
         except OSError:
-            return False
-    return True
-
-
-def _free_port(wanted):
-    for port in range(wanted, min(wanted + 100, 65536)):
-        if _port_is_free(port):
-            if port != wanted:
-                notice(f"Port {wanted} is taken; the MLflow server uses port {port} instead.")
-            return port
+            listener.close()
+            continue
+        if port != wanted:
+            notice(f"Port {wanted} is taken; the MLflow server uses port {port} instead.")
+        return listener
     raise ServerError(f"No free port between {wanted} and {wanted + 99} for the MLflow server.")
 
 
@@ -149,11 +151,20 @@ def _environment():
     return {**environment, **({access.ADMIN_PASSWORD: password} if password else {})}
 
 
-def _launch(workspace, port, keep):
-    command = [sys.executable, "-m", "helpers.server_app"]
+def _launch(workspace, wanted, keep):
+    listener = _listen(wanted)
+    port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "helpers.server_app", "--workspace", str(workspace.root)]
+    handed_on = {}
+    if os.name == "nt":
+        listener.close()
+        command += ["--port", str(port)]
+    else:
+        command += ["--port", str(port), "--fd", str(listener.fileno())]
+        handed_on = {"pass_fds": (listener.fileno(),)}
     with (workspace.server / "log.txt").open("ab") as log:
         process = subprocess.Popen(
-            [*command, "--workspace", str(workspace.root), "--port", str(port)],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -162,7 +173,9 @@ def _launch(workspace, port, keep):
             # An interrupt of the notebook must not reach the server: the run is still to be
             # marked as failed there.
             start_new_session=True,
+            **handed_on,
         )
+    listener.close()
     created = psutil.Process(process.pid).create_time()
     return Server(f"http://{HOST}:{port}", process.pid, created, keep)
 
@@ -186,7 +199,7 @@ def start_server(workspace, port=PORT, keep=None):
     with _lock(workspace):
         server = _read_state(workspace)
         if server is None:
-            server = _launch(workspace, _free_port(port), keep)
+            server = _launch(workspace, port, keep)
         elif keep and not server.keep:
             server = Server(server.url, server.pid, server.created, True)
         _write_state(workspace, server)

@@ -17,6 +17,7 @@ import hmac
 import logging
 import os
 import secrets
+import socket
 import sys
 import time
 import warnings
@@ -460,11 +461,11 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m helpers.server_app", description=main.__doc__)
     parser.add_argument("--workspace", required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--fd", type=int, help="number of a socket that listens there already")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    app = create_app(open_workspace(options.workspace), options.port)
-    uvicorn.run(
-        app,
+    config = uvicorn.Config(
+        create_app(open_workspace(options.workspace), options.port),
         host=HOST,
         port=options.port,
         log_level="warning",
@@ -473,6 +474,8 @@ def main(arguments=None):
         server_header=False,
         timeout_graceful_shutdown=3,
     )
+    sockets = None if options.fd is None else [socket.socket(fileno=options.fd)]
+    uvicorn.Server(config).run(sockets=sockets)
     return 0
 
 
