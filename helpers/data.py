@@ -87,6 +87,8 @@ class Table:
         SHA-256 of the table's content as CSV, independent of the file's dialect.
     dropped : tuple of str
         Columns of the file that were left out, sorted.
+    header : dict of str to str
+        Names as pandas reads them from the file, for columns where blanks were removed.
     """
 
     frame: pd.DataFrame
@@ -95,6 +97,7 @@ class Table:
     source: str
     digest: str
     dropped: tuple = ()
+    header: dict = field(default_factory=dict)
 
     @property
     def synthetic(self):
@@ -304,7 +307,10 @@ def _check_widths(text, delimiter, skipped, source):
 
 
 def _parse(content, target, source):
-    """Read the bytes of a CSV as a frame of texts, missing values as NaN."""
+    """Read the bytes of a CSV as a frame of texts, missing values as NaN.
+
+    Returns the frame and the names that the file writes otherwise, see `Table.header`.
+    """
     text = _decode(_unpack(content, source), source)
     if not text.strip():
         raise DataError(f"{source} is empty. Give DATA_SOURCE a CSV with a header and rows.")
@@ -313,6 +319,9 @@ def _parse(content, target, source):
     delimiter = _find_delimiter(text, target, source)
     header = _check_widths(text, delimiter, len(blank.splitlines()), source)
     names = _clean_header(header, source)
+    raw = next(csv.reader(_lines(text), delimiter=delimiter))
+    # Without the same number of fields pandas, too, needs an option to read the file.
+    written = dict(zip(names, raw, strict=True)) if len(raw) == len(names) else {}
     try:
         frame = pd.read_csv(
             io.StringIO(text),
@@ -332,7 +341,8 @@ def _parse(content, target, source):
         raise DataError(f"{source} has a header but no rows.")
     # A first column without a name is the row counter that spreadsheets and pandas write.
     frame = frame.drop(columns=[""]) if "" in frame.columns else frame
-    return frame.apply(lambda column: column.str.strip())
+    frame = frame.apply(lambda column: column.str.strip())
+    return frame, {name: written[name] for name in frame if written.get(name, name) != name}
 
 
 def _to_number(column, source):
@@ -461,7 +471,7 @@ def _check_drop(drop, target):
         )
 
 
-def _make_table(frame, target, named, dropped, source):
+def _make_table(frame, target, named, dropped, header, source):
     """Make the table of converted columns; texts are categories whether named or not."""
     if frame.shape[1] < 2:
         raise DataError(f"{source} has no column besides the target {target!r}.")
@@ -470,7 +480,8 @@ def _make_table(frame, target, named, dropped, source):
         for name, column in frame.items()
         if name != target and (name in named or column.dtype == object)
     )
-    return Table(frame, target, chosen, source, _digest(frame), tuple(sorted(dropped)))
+    header = {name: raw for name, raw in header.items() if name in frame and name != target}
+    return Table(frame, target, chosen, source, _digest(frame), tuple(sorted(dropped)), header)
 
 
 def read_table(content, source, target="Target", categorical=None, drop=None):
@@ -503,7 +514,7 @@ def read_table(content, source, target="Target", categorical=None, drop=None):
     DataError
         If this is not a table with that target; see the message.
     """
-    frame = _parse(content, target, source)
+    frame, header = _parse(content, target, source)
     dropped = set(drop or ())
     _check_drop(dropped, target)
     _require_columns([target], frame, "TARGET", source)
@@ -519,7 +530,7 @@ def read_table(content, source, target="Target", categorical=None, drop=None):
         else _convert_feature(frame[name], name in named, source)
         for name in frame.columns
     }
-    return _make_table(pd.DataFrame(columns), target, named, dropped, source)
+    return _make_table(pd.DataFrame(columns), target, named, dropped, header, source)
 
 
 def _fetch_uci():
@@ -554,7 +565,7 @@ def _prepared(workspace, target, categorical, drop):
     if categorical is not None:
         named = [name for name in categorical if name not in dropped]
         _require_columns(named, frame, "CATEGORICAL", copy)
-    return _make_table(frame, target, named, dropped, source)
+    return _make_table(frame, target, named, dropped, manifest.get("header", {}), source)
 
 
 def load_table(source, workspace, target="Target", categorical=None, drop=None):
@@ -829,6 +840,7 @@ def split_table(table, test_size=0.3, seed=0):
         "categorical": list(table.categorical),
         "numeric": list(table.numeric),
         "drop": list(table.dropped),
+        "header": table.header,
         "classes": sorted(y.unique().tolist()),
         "class_counts": {str(label): int(count) for label, count in counts.sort_index().items()},
         "test_size": test_size,

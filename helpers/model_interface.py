@@ -82,7 +82,8 @@ def convert(frame, columns):
     Parameters
     ----------
     frame : pandas.DataFrame, shape (n_rows, n_columns)
-        Raw columns in any order; more columns than the model knows are ignored.
+        Raw columns in any order; more columns than the model knows are ignored. Blanks
+        around names are, too, unless another column has the name without them.
     columns : dict of str to {'number', 'boolean', 'text'}
         The model's columns, in order.
 
@@ -96,13 +97,15 @@ def convert(frame, columns):
     mlflow.exceptions.MlflowException
         If a column is missing or of another type; names the column.
     """
-    missing = [name for name in columns if name not in frame.columns]
+    given = {str(name).strip(): name for name in frame.columns}
+    given |= {name: name for name in frame.columns}
+    missing = [name for name in columns if name not in given]
     if missing:
         raise MlflowException(
             f"Model is missing inputs {missing}.", error_code=INVALID_PARAMETER_VALUE
         )
     return pd.DataFrame(
-        {name: CONVERTERS[kind](frame[name]) for name, kind in columns.items()},
+        {name: CONVERTERS[kind](frame[given[name]].rename(name)) for name, kind in columns.items()},
         index=frame.index,
     )
 

@@ -396,7 +396,8 @@ def _check_schema(candidate, baseline, rules):
     wanted = list(candidate.split.X_test.columns)
     inputs = candidate.model.metadata.get_input_schema()
     _require(inputs is not None, "the model has no signature")
-    _require(inputs.input_names() == wanted, "its signature has other columns than the data")
+    names = [*wanted, *candidate.split.manifest.get("header", {}).values()]
+    _require(inputs.input_names() == names, "its signature has other columns than the data")
     few = candidate.split.X_test.head(20)
     expected = _probabilities(candidate.answer.head(20), candidate.split.labels)
     numbers = list(few.select_dtypes("int64"))

@@ -378,12 +378,15 @@ def column_kinds(X):
     return {name: kinds.get(dtype.kind, "number") for name, dtype in X.dtypes.items()}
 
 
-def make_signature(columns, labels):
+def make_signature(columns, labels, header=None):
     """Make the signature of the model interface.
 
     MLflow's ``double`` refuses int64 and its ``long`` refuses floats, yet clients send either
     for the same column. So the signature asks for the columns by name, and the model itself
     checks that numbers are numbers and texts are texts.
+
+    A column whose name in the CSV has blanks around it may come under either name, so MLflow
+    lets both pass and the model says if there is neither.
 
     Parameters
     ----------
@@ -391,17 +394,20 @@ def make_signature(columns, labels):
         From `column_kinds`.
     labels : list
         Class labels.
+    header : dict of str to str, optional
+        Names as the CSV writes them, where they differ.
 
     Returns
     -------
     mlflow.models.ModelSignature
     """
+    header = header or {}
+    inputs = [ColSpec(AnyType(), name, required=name not in header) for name in columns]
+    inputs += [ColSpec(AnyType(), raw, required=False) for raw in header.values()]
     label_type = DataType.string if isinstance(labels[0], str) else DataType.long
     outputs = [ColSpec(label_type, "prediction")]
     outputs += [ColSpec(DataType.double, f"probability_{label}") for label in labels]
-    return ModelSignature(
-        inputs=Schema([ColSpec(AnyType(), name) for name in columns]), outputs=Schema(outputs)
-    )
+    return ModelSignature(inputs=Schema(inputs), outputs=Schema(outputs))
 
 
 def _pinned(*names):
@@ -455,7 +461,7 @@ def log_model(split, **parts):
             name="model",
             python_model=str(INTERFACE),
             artifacts={"model": str(folder)},
-            signature=make_signature(columns, split.labels),
+            signature=make_signature(columns, split.labels, split.manifest.get("header")),
             input_example=split.X_train.head(3),
             pip_requirements=_pinned(*needed),
             metadata={"columns": columns, "labels": [str(label) for label in split.labels]},
