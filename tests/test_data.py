@@ -179,11 +179,12 @@ def test_commas_in_the_header_are_not_taken_for_delimiters(header, row, names):
     assert len(table.frame) == 20
 
 
-def test_table_of_very_many_columns_is_read():
-    rows = [[f"column {number}" for number in range(12_000)] + ["Target"]]
-    rows += [["1"] * 12_000 + [label] for label in ("high", "low")]
+def test_header_of_very_many_characters_is_read():
+    # Python's csv module takes no more than 131,072 characters at once.
+    names = [f"{'a long name of a column ' * 12}{number}" for number in range(500)]
+    rows = [[*names, "Target"], *(["1"] * 500 + [label] for label in ("high", "low"))]
     table = read_table("\n".join(map(",".join, rows)).encode(), "wide")
-    assert table.frame.shape == (2, 12_001)
+    assert table.frame.shape == (2, 501)
 
 
 def numbers_as(written, delimiter):

@@ -1,9 +1,11 @@
 """The protected MLflow server, asked from outside: through the tunnel's https edge."""
 
 import json
+import queue
 import re
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -95,14 +97,22 @@ def every_route():
 def test_no_page_and_no_api_without_sign_in(public, account):
     routes = every_route()
     assert len(routes) > 200
-    asking = public.session()
     if account is not None:
         # Each wrong password costs its check, and soon its user is told to wait.
-        asking.auth, routes = account, routes[:: len(routes) // 12]
-    for method, path in routes:
-        response = asking.request(method, public.url + path, json={})
-        assert response.status_code == 401, (method, path)
-        assert response.headers["www-authenticate"].startswith("Basic ")
+        routes = routes[:: len(routes) // 12]
+
+    def ask(route):
+        asking = sessions.get()
+        response = asking.request(route[0], public.url + route[1], json={}, auth=account)
+        sessions.put(asking)
+        return route, response.status_code, response.headers.get("www-authenticate")
+
+    sessions = queue.SimpleQueue()
+    for _ in range(8):
+        sessions.put(public.session())
+    with ThreadPoolExecutor(8) as pool:
+        for route, code, challenge in pool.map(ask, routes):
+            assert (code, challenge) == (401, 'Basic realm="mlflow"'), route
 
 
 def test_password_of_another_user_is_refused(public):
@@ -394,7 +404,7 @@ def test_notebooks_own_requests_carry_their_name(public):
 
 def test_summary_counts_what_was_turned_away(public):
     table = activity.read_activity(public.workspace)
-    before = activity.summarize_activity(table)
+    before = activity.summarize_activity(table).reindex(["reader", "(none)"], fill_value=0)
     public.session("reader", "wrong password").get(public.url)
     requests.get(public.local, headers={"Host": "evil.example"})
     after = activity.summarize_activity(activity.read_activity(public.workspace))

@@ -33,14 +33,15 @@ from tests.series import (
 )
 
 NAMES = list(RUNS)
+SMALL_GRID = ("-p", "C_EXPONENTS", "[0, 1, 2]", "-p", "GAMMA_EXPONENTS", "[-6, -5, -4]")
 NOTEBOOKS = sorted(path.stem for path in (PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(scope="module")
 def sample_run(tmp_path_factory):
-    """Run the series once, with the full grid, on the bundled sample."""
+    """Run the series once, with a small grid, on the bundled sample."""
     folder = tmp_path_factory.mktemp("series")
-    result = run_series(folder, "--data", "sample")
+    result = run_series(folder, "--data", "sample", *SMALL_GRID)
     assert result.returncode == 0, result.stdout + result.stderr
     if os.environ.get("KEEP_EXECUTED"):
         shutil.copytree(folder / "executed", os.environ["KEEP_EXECUTED"], dirs_exist_ok=True)
@@ -155,7 +156,7 @@ def test_grid_search_leaves_table_and_heat_map_whose_best_pair_is_the_models(cli
             run_id=run.info.run_id, artifact_path="grid_search/cv_results.csv"
         )
     )
-    assert len(results) == 144
+    assert len(results) == 9
     best = results.loc[results["mean_test_score"].idxmax()]
     assert float(run.data.params["C"]) == best["C"]
     assert float(run.data.params["gamma"]) == best["gamma"]
@@ -218,6 +219,7 @@ def test_model_carries_signature_and_input_example(production, split, name):
     assert metadata.saved_input_example_info is not None
 
 
+@pytest.mark.slow
 def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_run):
     folder, _ = sample_run
     before = set(files_below(folder / "mlruns"))
@@ -248,6 +250,7 @@ def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_ru
         assert client.get_model_version("model_svm_rbf", "2").current_stage == "Archived"
 
 
+@pytest.mark.slow
 def test_each_notebook_runs_alone_with_papermill_once_its_input_exists(tmp_path):
     place = ("-p", "WORKSPACE", str(tmp_path / "ws"))
     small = ("-y", "C_EXPONENTS: [0, 1]\nGAMMA_EXPONENTS: [-5, -4]")
@@ -256,6 +259,7 @@ def test_each_notebook_runs_alone_with_papermill_once_its_input_exists(tmp_path)
         "02_cnn_training": ("-p", "EPOCHS", "6"),
         "03_svm_grid_search": small,
         "04_registry_promotion": (),
+        "05_serving_and_monitoring": (),
     }
     for name, more in arguments.items():
         result = run_notebook(name, tmp_path / f"{name}.ipynb", *place, *more)
@@ -411,7 +415,13 @@ def test_series_runs_on_the_real_tables(tmp_path, real_data, table):
             version = client.get_model_version_by_alias(name, "production")
             assert "SYNTHETIC" not in version.description
         if full:
-            params = find_runs(client, "model_svm_rbf")[0].data.params
+            (run,) = find_runs(client, "model_svm_rbf")
+            path = "grid_search/cv_results.csv"
+            results = mlflow.artifacts.download_artifacts(
+                run_id=run.info.run_id, artifact_path=path
+            )
+            assert len(pd.read_csv(results)) == 144
+            params = run.data.params
             assert (float(params["C"]), float(params["gamma"])) == (2, 0.03125)
 
 

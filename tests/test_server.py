@@ -126,6 +126,18 @@ def test_taken_port_is_said_and_the_next_free_one_is_used(own_workspace, taken_p
     assert str(number) in shown
 
 
+def test_two_workspaces_that_start_at_once_get_servers_of_their_own(tmp_path):
+    both = [open_workspace(tmp_path / name) for name in ("one", "other")]
+    try:
+        started = [server.start_server(workspace, keep=False) for workspace in both]
+        assert started[0].url != started[1].url
+        for workspace, its in zip(both, started, strict=True):
+            server.wait_until_ready(its, workspace)
+    finally:
+        for workspace in both:
+            server.stop_server(workspace)
+
+
 def test_state_of_a_server_that_is_gone_is_not_believed(own_workspace):
     first = server.start_server(own_workspace, keep=False)
     family = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]

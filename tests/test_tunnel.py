@@ -198,6 +198,7 @@ def test_stale_agent_of_this_process_is_closed_first(served, ngrok, shown):
     assert outside(address.url).status_code == 401
 
 
+@pytest.mark.slow
 def test_server_that_died_is_started_by_the_cell(workspace, ngrok):
     try:
         address = tunnel.show_ui(workspace, True)
@@ -212,6 +213,7 @@ def test_server_that_died_is_started_by_the_cell(workspace, ngrok):
         server.stop_server(workspace)
 
 
+@pytest.mark.slow
 def test_taken_port_is_said_and_the_tunnel_leads_to_the_other(workspace, ngrok, capsys):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -278,6 +280,7 @@ def test_auto_goes_on_without_a_tunnel_and_says_why(served, ngrok, monkeypatch, 
     assert outside(address.url, "/version").status_code == 200
 
 
+@pytest.mark.slow
 def test_second_agent_of_a_free_account_is_explained(served, workspace, ngrok, shown, tmp_path):
     shown()
     code = """
