@@ -79,7 +79,12 @@ SETTINGS = {
     "WORKSPACE": Setting(
         str, "folder for data, runs, models and executed notebooks", "WORKSPACE", optional=True
     ),
-    "SEED": Setting(int, "governs split, initialisation and search", minimum=0, maximum=2**32 - 1),
+    "SEED": Setting(
+        int,
+        "governs the split (and with it the folds), the initial weights and the order of the rows",
+        minimum=0,
+        maximum=2**32 - 1,
+    ),
     "DATA_SOURCE": Setting(str, "`auto`, `uci`, `sample`, or a path or URL of a CSV"),
     "TARGET": Setting(str, "name of the column to predict"),
     "CATEGORICAL": Setting(

@@ -39,8 +39,9 @@ def test_readme_defaults_are_those_of_the_notebooks():
 
 
 def test_readme_names_no_file_that_is_not_there():
-    for name in set(re.findall(r"`((?:helpers|tests|notebooks)/[\w./]+)`", README)):
-        assert (PROJECT_ROOT / name).exists(), name
+    named = set(re.findall(r"(?<!/)\b((?:helpers|notebooks|tests)/[\w./]*\w)", README))
+    assert len(named) > 30
+    assert [name for name in named if not (PROJECT_ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -101,3 +102,26 @@ def test_requirements_name_every_library_that_the_helpers_import():
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient", "google"}
     foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought
     assert {packages.get(name, name) for name in foreign} <= named
+
+
+def _shape(text):
+    """Return what both languages share: commands, pictures, links, and the names in tables."""
+    return {
+        "commands": re.findall(r"^```(?:bash|python)\n.*?^```$", text, re.M | re.S),
+        "pictures": re.findall(r'(?:src="|!\[[^]]*\]\()(notebooks/images/[^")]+)', text),
+        "links": re.findall(r"https?://[^\s)>,;]+", text),
+        "files": sorted(re.findall(r"\b(?:helpers|notebooks|tests)/[\w./]*\w", text)),
+        "rows": re.findall(r"^\| (`[^|]*`) \|", text, re.M),
+        "headings": re.findall(r"^#+(?= )", text, re.M),
+    }
+
+
+def test_spanish_readme_has_the_commands_pictures_and_tables_of_the_english_one():
+    english, spanish = (
+        _shape((PROJECT_ROOT / name).read_text(encoding="utf-8"))
+        for name in ("README.md", "README.es.md")
+    )
+    assert len(english["commands"]) >= 5
+    assert len(english["pictures"]) >= 15
+    for part, content in english.items():
+        assert spanish[part] == content, part

@@ -225,7 +225,7 @@ def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_ru
     before = set(files_below(folder / "mlruns"))
     with connected(folder) as client:
         first = {name: find_runs(client, name)[0] for name in NAMES}
-    result = run_series(folder, "--data", "sample", *ONE_PAIR)
+    result = run_series(folder, "--data", "sample", *SMALL_GRID)
     assert result.returncode == 0, result.stdout + result.stderr
     assert before <= set(files_below(folder / "mlruns"))
     with connected(folder) as client:

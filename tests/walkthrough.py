@@ -24,6 +24,7 @@ from tests.series import run_series
 
 IMAGES = PROJECT_ROOT / "notebooks" / "images"
 BY_HAND = "model_registered_by_hand"
+NGROK_PAGE = "01_ngrok"
 SIZE = {"width": 1280, "height": 800}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -130,7 +131,7 @@ class Walk:
         """Pass ngrok's page, sign in, and choose the part of the UI that shows models."""
         self.page.goto(self.url)
         self.page.get_by_role("button", name="Visit Site").wait_for()
-        self._shoot("01_ngrok")
+        self._shoot(NGROK_PAGE)
         self.page.get_by_role("button", name="Visit Site").click()
         self.page.get_by_role("button", name="Model training").click()
         close = self.page.locator("aside, [role=complementary]").get_by_role("button", name="Close")
@@ -158,8 +159,9 @@ class Walk:
         self._link(name).click()
         self.page.get_by_text("Metrics (").first.wait_for()
 
-    def metrics(self, picture):
+    def metrics(self, picture, heading="Metrics ("):
         """Return the run's metrics and parameters as the page shows them."""
+        self.page.get_by_text(heading).first.evaluate("heading => heading.scrollIntoView()")
         self._shoot(picture)
         rows = self.page.get_by_role("row").all()
         cells = [row.inner_text().split("\n") for row in rows]
@@ -262,7 +264,7 @@ def walk(page, url, folder):
     seen["models"] = way.models("13_models_in_production")
     way.experiment("svc_model")
     way.run("svm")
-    seen["svm"] = way.metrics("14_svm")
+    seen["svm"] = way.metrics("14_svm", "Parameters (")
     seen["matrices"].append(way.confusion_matrix("15_svm_confusion_matrix"))
     return {**seen, "refused": way.refused}
 
@@ -285,6 +287,8 @@ def main(arguments=None):
             password = access.password_of(workspace, "editor")
             with browser_page(cloud, "editor", password) as page:
                 walk(page, address.url, options.images)
+    # The stand-in's page is not what ngrok shows.
+    (options.images / f"{NGROK_PAGE}.png").unlink()
     print(f"The pictures in {options.images} are new.")
     return 0
 
