@@ -5,6 +5,7 @@ import queue
 import re
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -66,9 +67,18 @@ def _server_survives(public):
     assert server.answers(public.local)
 
 
+def settled(public):
+    """Return the activity log; a request's line is written just after its answer was sent."""
+    table, before = activity.read_activity(public.workspace), None
+    while before is None or len(table) != len(before):
+        time.sleep(0.3)
+        table, before = activity.read_activity(public.workspace), table
+    return table
+
+
 def last(public, **wanted):
     """Return the newest line of the activity log with the wanted values."""
-    table = activity.read_activity(public.workspace)
+    table = settled(public)
     for name, value in wanted.items():
         table = table[table[name] == value]
     return table.iloc[-1]
@@ -403,11 +413,12 @@ def test_notebooks_own_requests_carry_their_name(public):
 
 
 def test_summary_counts_what_was_turned_away(public):
-    table = activity.read_activity(public.workspace)
-    before = activity.summarize_activity(table).reindex(["reader", "(none)"], fill_value=0)
+    before = activity.summarize_activity(settled(public)).reindex(
+        ["reader", "(none)"], fill_value=0
+    )
     public.session("reader", "wrong password").get(public.url)
     requests.get(public.local, headers={"Host": "evil.example"})
-    after = activity.summarize_activity(activity.read_activity(public.workspace))
+    after = activity.summarize_activity(settled(public))
     assert after.loc["reader", "rejected: sign-in"] == before.loc["reader", "rejected: sign-in"] + 1
     assert after.loc["(none)", "rejected: host"] == before.loc["(none)", "rejected: host"] + 1
 
