@@ -1,5 +1,7 @@
 """Notebook 03: the RBF support vector machine and its grid of C and gamma."""
 
+from contextlib import contextmanager
+
 import mlflow
 import numpy as np
 import pandas as pd
@@ -14,6 +16,8 @@ from helpers.display import new_figure, notice
 from helpers.kernel_search import KernelGridSearch
 from helpers.preprocessing import make_preprocessor
 from helpers.workspace import ParameterError
+
+CLUSTER_TIMEOUT = 20  # seconds to wait for a scheduler
 
 
 def make_pipeline(split):
@@ -66,7 +70,36 @@ def make_grid(C_exponents, gamma_exponents):
     return grid
 
 
-def search(split, grid, folds=5, n_jobs=-1):
+@contextmanager
+def _cluster(scheduler):
+    """Give a client of a dask scheduler, or None."""
+    if scheduler is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ParameterError(
+            "DASK_SCHEDULER needs the package distributed: pip install distributed. Without "
+            "DASK_SCHEDULER the search runs on this machine."
+        ) from None
+    try:
+        client = Client(scheduler, timeout=CLUSTER_TIMEOUT)
+    except (OSError, ValueError) as error:
+        raise ParameterError(
+            f"DASK_SCHEDULER = {scheduler!r} cannot be reached ({error}). Check the address, such "
+            "as tcp://10.0.0.5:8786, or leave it out to search on this machine."
+        ) from None
+    with client:
+        if not client.scheduler_info()["workers"]:
+            raise ParameterError(
+                f"DASK_SCHEDULER = {scheduler!r} has no workers. Start one with: dask worker "
+                f"{scheduler}"
+            )
+        yield client
+
+
+def search(split, grid, folds=5, n_jobs=-1, keep=None, scheduler=None):
     """Search the grid by cross-validated accuracy on the training rows.
 
     Parameters
@@ -78,11 +111,20 @@ def search(split, grid, folds=5, n_jobs=-1):
         Stratified folds, in the order of the rows, which the split has shuffled already.
     n_jobs : int
         Threads; -1: one per core.
+    keep : pathlib.Path, optional
+        Folder that keeps finished parts: an interrupted search goes on from there.
+    scheduler : str, optional
+        Address of a dask scheduler whose workers search instead of this machine.
 
     Returns
     -------
     helpers.kernel_search.KernelGridSearch
         Fitted; not refitted on all rows, see `fit_best`.
+
+    Raises
+    ------
+    ParameterError
+        If a class has too few rows for the folds, or the scheduler cannot be used.
     """
     fewest = int(split.y_train.value_counts().min())
     if fewest < folds:
@@ -90,11 +132,21 @@ def search(split, grid, folds=5, n_jobs=-1):
             f"CV_FOLDS = {folds} needs {folds} training rows of each class, but the smallest "
             f"class has {fewest}. Use fewer folds."
         )
-    cv = StratifiedKFold(folds)
-    searcher = KernelGridSearch(
-        make_pipeline(split), grid, cv=cv, refit=False, n_jobs=n_jobs, progress=True
-    )
-    return searcher.fit(split.X_train, split.y_train)
+    with _cluster(scheduler) as client:
+        searcher = KernelGridSearch(
+            make_pipeline(split),
+            {f"svc__{name}": values for name, values in grid.items()},
+            scoring="accuracy",
+            cv=StratifiedKFold(folds),
+            refit=False,
+            n_jobs=n_jobs,
+            error_score="raise",
+            cache_dir=keep,
+            client=client,
+            progress=True,
+        )
+        searcher.fit(split.X_train, split.y_train)
+    return searcher.set_params(client=None)
 
 
 def fit_best(split, C, gamma, folds=5, n_jobs=-1):
