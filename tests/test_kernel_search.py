@@ -31,7 +31,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import check_estimator
 
-from helpers import kernel_search, svm
+from helpers import svm
+from helpers.kernel_parts import Work
 from helpers.kernel_search import KernelGridSearch, LargeSearchWarning
 from helpers.preprocessing import make_preprocessor
 from helpers.workspace import PROJECT_ROOT
@@ -427,7 +428,7 @@ def test_without_memory_for_kernels_the_scores_are_the_same_and_the_time_is_said
 def test_memory_budget_bounds_the_number_of_threads():
     X, y = make_data(3, rows=150)
     splits = list(StratifiedKFold(5).split(X, y))
-    work = kernel_search._Work(scaled_svm(), X, y, splits, [(0.1, [1.0])], {}, False, np.nan, None)
+    work = Work(scaled_svm(), X, y, splits, [(0.1, [1.0])], {}, False, np.nan, None)
     distances, kernel = work.sizes()
     assert distances == 8 * 120 * 150
     for threads, folds in ((1, 1), (2, 1), (3, 1)):
