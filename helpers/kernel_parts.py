@@ -162,24 +162,31 @@ def _kernel(distances, gamma, out):
     return np.exp(out, out=out)
 
 
-class _KernelMachine:
-    """The machine of one pair of classes, solved from its kernel for one C after the other."""
+def _fill_kernel(distances, gamma, out, buffer):
+    """Compute a kernel in single precision, as libsvm rounds it; each half from the other."""
+    n_rows = len(distances)
+    parts = [slice(start, min(start + SLICE, n_rows)) for start in range(0, n_rows, SLICE)]
+    for number, rows in enumerate(parts):
+        for columns in parts[number:]:
+            block = distances[rows, columns]
+            values = _kernel(block, gamma, buffer("rows", block.shape))
+            out[rows, columns] = values
+            out[columns, rows] = values.T
+    return out
 
-    def __init__(self, fold, pair, svc, gamma, buffer):
+
+class _KernelMachine:
+    """The machine of one pair of classes, solved from the kernel for one C after the other."""
+
+    def __init__(self, fold, pair, svc, gamma, kernel, buffer):
         a, b = (fold.slices[code] for code in pair)
         first = a.stop - a.start
         size = first + b.stop - b.start
-        kernel = buffer("pair", (size, size), np.float32)
-        for rows, target in ((a, 0), (b, first)):
-            for start in range(rows.start, rows.stop, SLICE):
-                part = slice(start, min(start + SLICE, rows.stop))
-                into = slice(target + start - rows.start, target + part.stop - rows.start)
-                for columns, place in ((a, slice(0, first)), (b, slice(first, size))):
-                    distances = fold.distances[part, columns]
-                    values = _kernel(distances, gamma, buffer("rows", distances.shape))
-                    kernel[into, place] = values
+        own = buffer("pair", (size, size), np.float32)
+        for rows, into in ((a, slice(0, first)), (b, slice(first, size))):
+            own[into, :first], own[into, first:] = kernel[rows, a], kernel[rows, b]
         weights = np.repeat(fold.weights[list(pair)], [first, size - first])
-        self._path = Path(kernel, first, weights, svc.tol, svc.shrinking)
+        self._path = Path(own, first, weights, svc.tol, svc.shrinking)
 
     def solve(self, C):
         """Return the coefficients of all rows, the intercept, and whether it was solved anew."""
@@ -189,7 +196,7 @@ class _KernelMachine:
 class _RowsMachine:
     """The machine of one pair of classes, solved by libsvm from the rows themselves."""
 
-    def __init__(self, fold, pair, svc, gamma, buffer):
+    def __init__(self, fold, pair, svc, gamma, kernel, buffer):
         a, b = (fold.slices[code] for code in pair)
         stack = sp.vstack if sp.issparse(fold.inputs) else np.concatenate
         self._rows = stack([fold.inputs[a], fold.inputs[b]])
@@ -224,9 +231,10 @@ class Work:
     def _prepare(self):
         self._folds, self._locks = OrderedDict(), {}
         self._lock, self._memory = threading.Lock(), threading.local()
+        self._checked = set()
 
     def __getstate__(self):
-        left_here = ("_folds", "_locks", "_lock", "_memory")
+        left_here = ("_folds", "_locks", "_lock", "_memory", "_checked")
         return {name: value for name, value in vars(self).items() if name not in left_here}
 
     def __setstate__(self, state):
@@ -253,11 +261,12 @@ class Work:
         distances = kernel = 0
         for train, test in self.splits:
             counts = np.sort(np.unique(self.y[train], return_counts=True)[1])
-            # With all classes at once libsvm has a rounded copy of its own.
-            rows, each = (len(train), 12) if self.whole else (int(counts[-2:].sum()), 4)
+            # Rounded to 4 bytes there is the whole kernel and that of a pair of classes; for all
+            # classes at once libsvm has its own rounded copy.
+            pair = 2 * len(train) ** 2 if self.whole else int(counts[-2:].sum()) ** 2
             chunk = 8 * min(SLICE, max(len(train), len(test))) * len(train)
             distances = max(distances, 8 * len(train) * (len(train) + len(test)))
-            kernel = max(kernel, each * rows**2 + chunk)
+            kernel = max(kernel, 4 * (len(train) ** 2 + pair) + chunk)
         return distances, kernel
 
     def memory_budget(self):
@@ -372,7 +381,11 @@ class Work:
 
     def _solve_pairs(self, fold, gamma, Cs, cells):
         number = fold.gamma(gamma)
-        machines = _RowsMachine if fold.distances is None else _KernelMachine
+        machines, kernel = _RowsMachine, None
+        if fold.distances is not None:
+            kernel = self._buffer("kernel", fold.distances.shape, np.float32)
+            _fill_kernel(fold.distances, number, kernel, self._buffer)
+            machines = _KernelMachine
         order = np.argsort(Cs, kind="stable")
         for place in order:
             with self._attempt(cells[place]):
@@ -380,7 +393,7 @@ class Work:
         coefficients = np.zeros((len(fold.pairs), len(fold.y_train), len(Cs)))
         intercepts = np.zeros((len(fold.pairs), len(Cs)))
         for k, pair in enumerate(fold.pairs):
-            machine = machines(fold, pair, self.svc, number, self._buffer)
+            machine = machines(fold, pair, self.svc, number, kernel, self._buffer)
             a, b = (fold.slices[code] for code in pair)
             first = a.stop - a.start
             for place in order:
@@ -402,8 +415,10 @@ class Work:
 
     def _check(self, C, gamma):
         """Raise what `SVC` raises for settings that it does not take."""
-        settings = {"C": C, "gamma": gamma, "class_weight": None}
-        clone(self.svc).set_params(**settings).fit([[0.0], [1.0]], [0, 1])
+        if (C, gamma) not in self._checked:
+            settings = {"C": C, "gamma": gamma, "class_weight": None}
+            clone(self.svc).set_params(**settings).fit([[0.0], [1.0]], [0, 1])
+            self._checked.add((C, gamma))
 
     def _decide(self, fold, name, gamma, coefficients, intercepts):
         """Return the decision values per C, row and pair; positive for the pair's second class."""

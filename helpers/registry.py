@@ -46,6 +46,7 @@ MODELS = {
     "model_conv_network": ("conv_network", "default_logistic", "02_cnn_training"),
     "model_svm_rbf": ("svc_model", "svm", "03_svm_grid_search"),
 }
+FINE = "_fine"  # at the end of the name of a run that refines another
 
 
 class RegistryError(ProjectError):
@@ -291,6 +292,25 @@ class Champion:
         return candidate.metrics_on(self.unseen) if self.measurable else candidate.metrics
 
 
+def _newest_run(name, split_digest):
+    """Return the newest finished run of a model, or its refinement where that is better.
+
+    Better by cross-validation, as the test rows may not be used for a choice.
+    """
+    experiment, run_name, _ = MODELS[name]
+    run = tracking.latest_run(experiment, run_name, split_digest)
+    finer = tracking.latest_run(experiment, f"{run_name}{FINE}", split_digest)
+    if run is None or finer is None or finer.info.start_time < run.info.start_time:
+        return run
+    first, second = (each.data.metrics["cv_accuracy"] for each in (run, finer))
+    chosen, compared = (finer, ">") if second > first else (run, "<=")
+    notice(
+        f"{name}: the candidate is the run {chosen.info.run_name}, as its cross-validated "
+        f"accuracy decides: {run_name}{FINE} {second:.4f} {compared} {run_name} {first:.4f}."
+    )
+    return chosen
+
+
 def find_candidates(split, names=tuple(MODELS)):
     """Find the newest finished run of each model on the prepared split.
 
@@ -311,8 +331,7 @@ def find_candidates(split, names=tuple(MODELS)):
     """
     candidates, missing = {}, []
     for name in names:
-        experiment, run_name, notebook = MODELS[name]
-        run = tracking.latest_run(experiment, run_name, split.manifest["split_digest"])
+        run, notebook = _newest_run(name, split.manifest["split_digest"]), MODELS[name][2]
         if run is None:
             missing.append(f"{notebook} (for {name})")
         else:

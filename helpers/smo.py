@@ -21,6 +21,8 @@ References
    2(3), 27. Sections 4 and 5.
 """
 
+import threading
+
 import numpy as np
 from numba import njit
 
@@ -388,3 +390,9 @@ class Path:
         self._solution = -state[0] * self._y, float(rho)
         self._final = untouched
         return *self._solution, True
+
+
+def prepare():
+    """Compile the solver in the background, once per machine; what needs it waits until then."""
+    tiny = Path(np.eye(2, dtype=np.float32), 1, np.ones(2))
+    threading.Thread(target=tiny.solve, args=(1.0,), daemon=True).start()

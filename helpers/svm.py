@@ -1,11 +1,13 @@
 """Notebook 03: the RBF support vector machine and its grid of C and gamma."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlflow
 import numpy as np
 import pandas as pd
 from joblib import parallel_config
+from mlflow.models.model import ModelInfo
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline
@@ -189,6 +191,25 @@ def best_pair(searcher):
     }
 
 
+def finer_grid(searcher):
+    """Make a grid around the winner of a search, with steps of √2.
+
+    Parameters
+    ----------
+    searcher : KernelGridSearch
+
+    Returns
+    -------
+    dict
+        For `search`: five values each of C and gamma, from half to twice the winner's.
+    """
+    exponents = (-1, -0.5, 0, 0.5, 1)
+    return {
+        name: [value * 2.0**exponent for exponent in exponents]
+        for name, value in best_pair(searcher).items()
+    }
+
+
 def edges(searcher, grid):
     """Tell which parameters win on the edge of their range.
 
@@ -274,6 +295,36 @@ def plot_grid(searcher, grid):
     return figure
 
 
+def plot_savings(searcher, grid):
+    """Draw which machines of the grid were solved, and which solutions were known already.
+
+    Parameters
+    ----------
+    searcher : KernelGridSearch
+    grid : dict
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    shape = len(grid["C"]), len(grid["gamma"])
+    seconds = searcher.cv_results_["mean_fit_time"].reshape(shape) * 1000
+    solved = searcher.solved_.reshape(shape)
+    figure, (left, right) = new_figure(1, 2, width=10, height=1.4 + 0.34 * shape[0])
+    panels = {
+        "Share of the machines that were solved": (left, solved, "Blues", 0, 1),
+        "Milliseconds per fold": (right, seconds, "Oranges", 0, None),
+    }
+    for title, (axes, values, colours, low, high) in panels.items():
+        image = axes.imshow(values, origin="lower", cmap=colours, vmin=low, vmax=high)
+        axes.set_aspect("auto")
+        axes.set_xticks(range(shape[1]), [_power(value) for value in grid["gamma"]])
+        axes.set_yticks(range(shape[0]), [_power(value) for value in grid["C"]])
+        axes.set(xlabel="gamma", ylabel="C", title=title)
+        figure.colorbar(image, ax=axes)
+    return figure
+
+
 def log_search(searcher, grid):
     """Log the heat map, the table of results and the cost of a search in the active run.
 
@@ -297,7 +348,77 @@ def log_search(searcher, grid):
             "cv_accuracy_std": searcher.cv_results_["std_test_score"][searcher.best_index_],
             "search_seconds": searcher.search_time_,
             "search_fits": searcher.n_fits_,
+            "search_fits_saved": searcher.n_fits_saved_,
+            "search_parts_resumed": searcher.n_parts_resumed_,
         }
     )
     tracking.log_figure(plot_grid(searcher, grid), "grid_search/heat_map.png")
     mlflow.log_text(results_table(searcher).to_csv(index=False), "grid_search/cv_results.csv")
+
+
+def _best_pairs(searcher, n_best):
+    """Return name, parameters and metrics of the best pairs."""
+    for row in results_table(searcher).head(n_best).itertuples():
+        params = {"kernel": "rbf", "C": float(row.C), "gamma": float(row.gamma)}
+        metrics = {
+            "cv_accuracy": row.mean_test_score,
+            "cv_accuracy_std": row.std_test_score,
+            "fit_seconds": row.mean_fit_time,
+        }
+        yield f"C={row.C:g} gamma={row.gamma:g}", params, metrics
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a search, and the training that follows it, leave behind.
+
+    Attributes
+    ----------
+    run : mlflow.ActiveRun
+    searcher : KernelGridSearch
+    pair : dict
+        The winning ``C`` and ``gamma``.
+    model_info : mlflow.models.model.ModelInfo
+    metrics : dict of str to float
+        Of the model loaded back, on the test rows.
+    answer : pandas.DataFrame
+        Its answers on the test rows.
+    """
+
+    run: mlflow.ActiveRun
+    searcher: KernelGridSearch
+    pair: dict
+    model_info: ModelInfo
+    metrics: dict
+    answer: pd.DataFrame
+
+
+def train_and_log(split, grid, run_name="svm", folds=5, n_jobs=-1, keep=None, scheduler=None):
+    """Search, fit the best pair on all training rows, and log it: all in one MLflow run.
+
+    The ten best pairs become child runs. The model is loaded back as a client would and measured
+    on the test rows.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    grid : dict
+    run_name : str
+        In the experiment ``svc_model``.
+    folds, n_jobs, keep, scheduler
+        See `search`.
+
+    Returns
+    -------
+    Trained
+    """
+    with tracking.start_run("svc_model", run_name, split.manifest) as run:
+        tracking.log_split(split)
+        searcher = search(split, grid, folds, n_jobs, keep, scheduler)
+        log_search(searcher, grid)
+        tracking.log_child_runs(run, _best_pairs(searcher, n_best=10), split.manifest)
+        pair = best_pair(searcher)
+        classifier = fit_best(split, **pair, folds=folds, n_jobs=n_jobs)
+        model_info = tracking.log_model(split, classifier=classifier)
+        metrics, answer = tracking.evaluate_logged_model(model_info, split)
+    return Trained(run, searcher, pair, model_info, metrics, answer)

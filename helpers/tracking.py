@@ -10,6 +10,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import warnings
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,11 +20,12 @@ import joblib
 import mlflow
 import pandas as pd
 import psutil
-from mlflow.entities import RunStatus
+from mlflow.entities import Metric, Param, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from helpers import access, server
 from helpers.display import silenced_libraries
@@ -223,6 +225,32 @@ def start_run(experiment, run_name, manifest=None, tags=None):
             mlflow.end_run("FAILED")
             raise
         mlflow.end_run("FINISHED")
+
+
+def log_child_runs(run, children, manifest):
+    """Log finished runs below a run, such as the pairs of a search.
+
+    Parameters
+    ----------
+    run : mlflow.ActiveRun
+    children : sequence of tuple of (str, dict, dict)
+        Name, parameters and metrics of each.
+    manifest : dict
+        Of the split; its source and digest become tags.
+    """
+    client = mlflow.MlflowClient()
+    tags = {**_process_tags(), **data_tags(manifest), MLFLOW_PARENT_RUN_ID: run.info.run_id}
+    # A millisecond before it: the newest run of the experiment is the parent.
+    start = run.info.start_time - 1
+    for name, params, metrics in children:
+        child = client.create_run(run.info.experiment_id, start, tags, name).info.run_id
+        now = int(time.time() * 1000)
+        client.log_batch(
+            child,
+            [Metric(key, value, now, 0) for key, value in metrics.items()],
+            [Param(key, str(value)) for key, value in params.items()],
+        )
+        client.set_terminated(child)
 
 
 def close_abandoned_runs():

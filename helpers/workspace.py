@@ -111,6 +111,13 @@ SETTINGS = {
     "GAMMA_EXPONENTS": Setting(list, "powers of two tried for gamma"),
     "CV_FOLDS": Setting(int, "folds of the cross-validation", minimum=2, maximum=20),
     "N_JOBS": Setting(int, "threads of the search; -1: one per core", minimum=-1),
+    "FINE_SEARCH": Setting(bool, "search again around the winner, with steps of √2"),
+    "DASK_SCHEDULER": Setting(
+        str,
+        "address of a dask scheduler whose workers do the search, such as tcp://10.0.0.5:8786",
+        "DASK_SCHEDULER",
+        optional=True,
+    ),
     "MIN_GAIN": Setting(
         float,
         "accuracy a candidate must have above the majority class",
@@ -256,6 +263,11 @@ class Workspace:
     def executed(self):
         """Folder of the notebooks executed by ``python -m helpers.run``."""
         return self.root / "executed"
+
+    @property
+    def search(self):
+        """Folder of the finished parts of grid searches (notebook 03)."""
+        return self.root / "search"
 
     @property
     def server(self):

@@ -822,6 +822,8 @@ WRONG = {
     "GAMMA_EXPONENTS": [None, 3, "[broken"],
     "CV_FOLDS": [1, 21, 2.5, None, "5"],
     "N_JOBS": [-2, 1.5, None, "2"],
+    "FINE_SEARCH": ["yes", 1, None],
+    "DASK_SCHEDULER": [5, ["a"]],
     "MIN_GAIN": [-0.1, 1.1, "0", None, NAN],
     "MAX_LOSS": [-0.1, 1.1, "0", None, NAN],
     "ALLOW_REPLACE": ["yes", 1, None],
