@@ -119,18 +119,17 @@ class _Kept:
 def _executor(client, threads):
     """Give something with ``submit``: threads of this process, or the workers of a cluster."""
     if client is None:
-        pool = ThreadPoolExecutor(threads)
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
+        pool, at_once = ThreadPoolExecutor(threads), {"wait": False, "cancel_futures": True}
     else:
         _send_helpers(client)
         # A part is pure: one whose worker dies is simply done by another.
-        with client.get_executor(pure=False, retries=5) as pool:
-            yield pool
+        pool, at_once = client.get_executor(pure=False, retries=5), {"wait": False}
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(**at_once)
+        raise
+    pool.shutdown()
 
 
 def _send_helpers(client):
@@ -176,7 +175,8 @@ class KernelGridSearch(GridSearchCV):
         from the rows, and a `LargeSearchWarning` says how long that will take.
     cache_dir : str or pathlib.Path, optional
         Folder that keeps each finished part (one fold and gamma). A search with the same data,
-        folds, estimator, grid and scoring goes on from there; any other starts anew.
+        folds, estimator, grid and scoring goes on from there; any other starts anew. Steps are
+        told apart by their class and parameters: after a change of a class's code, empty it.
     client : distributed.Client, optional
         Search on the workers of that cluster; this package is brought to them.
     progress : bool
@@ -281,7 +281,7 @@ class KernelGridSearch(GridSearchCV):
                 else:
                     done[number, place] = cells
         self.n_parts_resumed_ = len(done)
-        wanted = joblib.cpu_count() if self.n_jobs == -1 else max(self.n_jobs or 1, 1)
+        wanted = joblib.effective_n_jobs(self.n_jobs or 1)
         fits, threads, folds_at_once = True, wanted, 2
         if self.client is None and todo:
             fits, threads, folds_at_once = work.plan(wanted)

@@ -39,7 +39,7 @@ OPTIONS = {
 }
 
 # Places in the array of whole numbers that belongs to the state.
-ACTIVE, COUNTER, UNSHRUNK, STEPS = range(4)
+ACTIVE, COUNTER, UNSHRUNK = range(3)
 
 
 @njit(inline="always")
@@ -281,7 +281,7 @@ def _solve(K, y, bounds, eps, shrinking, state, numbers, kept, kept_numbers):
     n = len(y)
     alpha, force = state[0], state[1]
     bound_force = np.zeros(n)
-    order, position, status = numbers[0], numbers[1], numbers[2]
+    order, position, status = numbers[0, :n], numbers[1, :n], numbers[2, :n]
     scalars = numbers[3]
     up, low, values = np.empty(n), np.empty(n), np.empty(n)
     untouched = True
@@ -310,7 +310,6 @@ def _solve(K, y, bounds, eps, shrinking, state, numbers, kept, kept_numbers):
             kept_numbers[:] = numbers
             # The next C takes this step again, with the same preparation.
             kept_numbers[3, COUNTER] += 1
-        scalars[STEPS] += 1
         weight_i, weight_j = (new_i - alpha[i]) * y[i], (new_j - alpha[j]) * y[j]
         _step(force, K[i], K[j], weight_i, weight_j)
         alpha[i], alpha[j] = new_i, new_j
@@ -348,12 +347,12 @@ class Path:
         self._y[n_first:] = -1.0
         # Coefficients, and for each row minus its label times the gradient.
         self._state = np.stack([np.zeros(n), self._y])
-        self._numbers = np.zeros((4, max(n, 4)), dtype=np.int32)
+        self._numbers = np.zeros((4, max(n, 3)), dtype=np.int32)
         self._numbers[0, :n] = self._numbers[1, :n] = np.arange(n)
         # At its lower bound, which is also the upper one where the weight is 0.
         self._numbers[2, :n] = np.where(weights > 0, -1, 1)
         self._numbers[3, [ACTIVE, COUNTER]] = n, min(n, SHRINK_EVERY) + 1
-        self._n, self._C, self._final, self._solution = n, 0.0, False, None
+        self._C, self._final, self._solution = 0.0, False, None
 
     def solve(self, C):
         """Solve for a C that is not smaller than those before.
@@ -383,7 +382,7 @@ class Path:
             self._tol,
             self._shrinking,
             state,
-            numbers[:, : max(self._n, 4)],
+            numbers,
             self._state,
             self._numbers,
         )

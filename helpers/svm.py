@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC
 
-from helpers import tracking
+from helpers import smo, tracking
 from helpers.display import new_figure, notice
 from helpers.kernel_search import KernelGridSearch
 from helpers.preprocessing import make_preprocessor
@@ -37,6 +37,11 @@ def make_pipeline(split):
     """
     preprocessing = make_preprocessor(split.numeric, split.categorical)
     return Pipeline([("preprocessing", preprocessing), ("svc", SVC(kernel="rbf"))])
+
+
+def prepare():
+    """Compile the solver in the background; the first search on a machine waits for it."""
+    smo.prepare()
 
 
 def make_grid(C_exponents, gamma_exponents):

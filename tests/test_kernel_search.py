@@ -1,4 +1,3 @@
-import json
 import os
 import socket
 import subprocess
@@ -565,8 +564,16 @@ def cluster(tmp_path):
         process.wait()
 
 
-def test_cluster_gives_the_same_scores_though_one_of_two_workers_is_killed(cluster, tmp_path):
+def test_cluster_gives_the_same_scores_though_one_of_two_workers_is_killed(
+    cluster, tmp_path, small_split
+):
     address, workers = cluster
+    small_grid = svm.make_grid([-2, 0, 3], [-5, -2])
+    here, there = (
+        svm.search(small_split, small_grid, folds=3, scheduler=scheduler)
+        for scheduler in (None, address)
+    )
+    same_scores(here, there)
     X, y = make_data(3, rows=500, columns=12)
     grid = {"C": [2.0**e for e in range(-3, 6)], "gamma": [2.0**e for e in range(-6, 2)]}
 
@@ -621,17 +628,50 @@ def test_notebook_search_equals_gridsearchcv_on_the_training_rows(small_split):
     }
 
 
-def test_notebook_keeps_its_number_of_threads_for_the_calibration(small_split):
-    path = PROJECT_ROOT / "notebooks" / "03_svm_grid_search.ipynb"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    (cell,) = [source for cell in cells if "svm.fit_best(" in (source := "".join(cell["source"]))]
-    machine, mlflow_side = MagicMock(), MagicMock()
-    machine.best_pair.return_value = {"C": 1.0, "gamma": 0.1}
-    mlflow_side.evaluate_logged_model.return_value = ({}, None)
-    names = {"svm": machine, "tracking": mlflow_side, "split": small_split}
-    exec(cell, {**names, "grid": {}, "folds": 3, "parameters": {"N_JOBS": 3}})
-    assert machine.search.call_args.args[-1] == 3
-    assert machine.fit_best.call_args.kwargs["n_jobs"] == 3
+def test_training_passes_the_number_of_threads_and_what_to_keep_on(small_split, monkeypatch):
+    searcher, fitted = MagicMock(), MagicMock()
+    searcher.return_value = svm.search(small_split, svm.make_grid([0, 1], [-5]), folds=3)
+    monkeypatch.setattr(svm, "search", searcher)
+    monkeypatch.setattr(svm, "fit_best", fitted)
+    monkeypatch.setattr(svm, "log_search", MagicMock())
+    tracked = MagicMock()
+    tracked.evaluate_logged_model.return_value = ({}, None)
+    monkeypatch.setattr(svm, "tracking", tracked)
+    svm.train_and_log(small_split, {}, "svm", folds=3, n_jobs=3, keep="here", scheduler="there")
+    assert searcher.call_args.args[2:] == (3, 3, "here", "there")
+    assert fitted.call_args.kwargs["n_jobs"] == 3
+
+
+def test_finer_grid_surrounds_the_winner_with_steps_of_root_two(small_split):
+    searcher = svm.search(small_split, svm.make_grid([0, 1], [-5, -4]), folds=3)
+    best, fine = svm.best_pair(searcher), svm.finer_grid(searcher)
+    for name, values in fine.items():
+        np.testing.assert_allclose(np.divide(values[1:], values[:-1]), np.sqrt(2))
+        assert values[2] == best[name]
+    again = svm.search(small_split, fine, folds=3)
+    assert again.best_score_ >= searcher.best_score_
+
+
+def test_plot_of_savings_shows_what_was_solved(small_split):
+    grid = svm.make_grid([-3, 0, 6], [-5, 1])
+    searcher = svm.search(small_split, grid, folds=3)
+    figure = svm.plot_savings(searcher, grid)
+    share, seconds = (axes.images[0].get_array() for axes in figure.axes[:2])
+    assert share.shape == seconds.shape == (3, 2)
+    assert share[0].tolist() == [1, 1]
+    assert share[2, 1] < 1
+    assert (seconds > 0).all()
+
+
+def test_scheduler_that_is_not_there_is_said_naming_the_parameter(small_split, monkeypatch):
+    monkeypatch.setattr(svm, "CLUSTER_TIMEOUT", 1)
+    grid = svm.make_grid([0], [0])
+    for address in ("tcp://127.0.0.1:9", "nowhere at all"):
+        with pytest.raises(svm.ParameterError, match=f"DASK_SCHEDULER = '{address}' cannot"):
+            svm.search(small_split, grid, folds=3, scheduler=address)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(svm.ParameterError, match="DASK_SCHEDULER needs .* pip install"):
+        svm.search(small_split, grid, folds=3, scheduler="tcp://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("n_jobs", [0, 1, -1])

@@ -211,6 +211,25 @@ def test_wrong_input_is_refused_by_name_and_unseen_category_answered(production,
     assert production[name].predict(few.assign(Course=987)).notna().all(axis=None)
 
 
+def test_search_is_one_run_with_its_best_pairs_below_it(client):
+    experiment = client.get_experiment_by_name("svc_model").experiment_id
+    search, *pairs = client.search_runs([experiment])
+    assert search.info.run_name == "svm"
+    assert len(pairs) == 9  # all of the small grid
+    scores = {(each.data.params["C"], each.data.params["gamma"]): each for each in pairs}
+    best = max(pairs, key=lambda each: each.data.metrics["cv_accuracy"])
+    assert best.data.metrics["cv_accuracy"] == search.data.metrics["cv_accuracy"]
+    winner = scores[search.data.params["C"], search.data.params["gamma"]]
+    assert winner.data.metrics["cv_accuracy"] == search.data.metrics["cv_accuracy"]
+    for each in pairs:
+        assert each.data.tags["mlflow.parentRunId"] == search.info.run_id
+        assert each.data.tags["data_digest"] == search.data.tags["data_digest"]
+        assert each.info.status == "FINISHED"
+    metrics = search.data.metrics
+    assert metrics["search_fits"] + metrics["search_fits_saved"] == 9 * 5 * 3
+    assert metrics["search_seconds"] > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_model_carries_signature_and_input_example(production, split, name):
     metadata = production[name].metadata
@@ -372,12 +391,13 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where these tests run in the background of a shell, interrupts are ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 180
-    while not list((folder / "mlruns").glob("*/*/artifacts")) and time.monotonic() < deadline:
-        # The network's learning curves are there: the grid search is in its middle.
+    while len(list((folder / "search").glob("*/*.json"))) < 8 and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
-        time.sleep(0.5)
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -387,15 +407,16 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
         statuses = {run.info.status for run in client.search_runs(experiments)}
     assert "RUNNING" not in statuses
     assert "KILLED" in statuses
-    result = run_series(folder, "--data", "sample", "--resume", *ONE_PAIR)
+    result = run_series(folder, "--data", "sample", "--resume")
     assert "01_data_preparation: skipped, done and unchanged" in result.stdout
     assert "03_svm_grid_search: runs, not finished yet" in result.stdout
     assert result.returncode == 0, result.stderr
-    again = run_series(folder, "--data", "sample", "--resume", *ONE_PAIR)
+    with connected(folder) as client:
+        metrics = find_runs(client, "model_svm_rbf")[0].data.metrics
+    assert 8 <= metrics["search_parts_resumed"] < 60
+    again = run_series(folder, "--data", "sample", "--resume")
     assert again.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS)
-    changed = run_series(
-        folder, "--data", "sample", "--resume", *ONE_PAIR, "-p", "MAX_LOSS", "0.02"
-    )
+    changed = run_series(folder, "--data", "sample", "--resume", "-p", "MAX_LOSS", "0.02")
     assert changed.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS) - 2
     assert "04_registry_promotion: runs, its notebook, parameters" in changed.stdout
 
@@ -440,11 +461,24 @@ def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
     result = run_series(
         *(tmp_path / "ws", "--data", str(path), "-p", "TARGET", "label"),
         *("-p", "CATEGORICAL", '["zone"]', "-p", "DROP", "id", "-p", "EPOCHS", "10", *ONE_PAIR),
+        *("-p", "FINE_SEARCH", "True"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     manifest = json.loads((tmp_path / "ws" / "data" / "manifest.json").read_text())
     assert manifest["categorical"] == ["colour", "zone"]
-    with connected(tmp_path / "ws"):
+    with connected(tmp_path / "ws") as client:
+        experiment = client.get_experiment_by_name("svc_model").experiment_id
+        runs = {
+            run.info.run_name: run
+            for run in client.search_runs([experiment])
+            if run.info.run_name.startswith("svm")
+        }
+        scores = {name: run.data.metrics["cv_accuracy"] for name, run in runs.items()}
+        assert set(scores) == {"svm", "svm_fine"}
+        assert scores["svm_fine"] >= scores["svm"]
+        chosen = "svm_fine" if scores["svm_fine"] > scores["svm"] else "svm"
+        version = client.get_model_version_by_alias("model_svm_rbf", "production")
+        assert version.run_id == runs[chosen].info.run_id
         for name in NAMES:
             answer = registry.load_production(name).predict(frame.drop(columns=["id", "label"]))
             assert set(answer["prediction"]) <= {0, 1}
