@@ -368,6 +368,11 @@ class Path:
         intercept : float
         solved : bool
             False if the solution was known from a smaller C.
+
+        Raises
+        ------
+        ValueError
+            If C is smaller than before, or there is no finite solution.
         """
         if C < self._C:
             raise ValueError(f"C must not shrink: {C} comes after {self._C}.")
@@ -386,6 +391,11 @@ class Path:
             self._state,
             self._numbers,
         )
+        if not np.isfinite(rho):
+            raise ValueError(
+                "The dual coefficients or intercepts are not finite: there is no boundary between "
+                "these rows, as where a class has no weight."
+            )
         self._solution = -state[0] * self._y, float(rho)
         self._final = untouched
         return *self._solution, True

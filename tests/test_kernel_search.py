@@ -653,7 +653,7 @@ def test_finer_grid_surrounds_the_winner_with_steps_of_root_two(small_split):
 
 
 def test_plot_of_savings_shows_what_was_solved(small_split):
-    grid = svm.make_grid([-3, 0, 6], [-5, 1])
+    grid = svm.make_grid([-3, 6, 9], [-5, 3])
     searcher = svm.search(small_split, grid, folds=3)
     figure = svm.plot_savings(searcher, grid)
     share, seconds = (axes.images[0].get_array() for axes in figure.axes[:2])

@@ -67,7 +67,7 @@ def test_many_equal_rows_with_both_labels():
         assert_same(rbf_kernel(X, gamma=gamma), y, Cs)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 5.0), (0.2, 1.7), (0.0, 1.0)])
+@pytest.mark.parametrize("weights", [(1.0, 5.0), (0.2, 1.7)])
 def test_class_weights(weights):
     X, y = make_problem()
     assert_same(rbf_kernel(X, gamma=0.3), y, Cs[:-3], weights=weights)
@@ -98,6 +98,16 @@ def test_solution_that_never_touched_its_bound_is_that_of_every_larger_c():
         *(True, True, True),
         *(False, False, False),
     ]
+
+
+def test_class_without_weight_fails_as_in_libsvm():
+    X, y = make_problem(40)
+    K = rbf_kernel(X, gamma=0.3)
+    with pytest.raises(ValueError, match="not finite"):
+        SVC(kernel="precomputed", class_weight={0: 0.0, 1: 1.0}).fit(K, y)
+    path = Path(K.astype(np.float32), int((y == 0).sum()), np.asarray([0.0, 1.0])[y])
+    with pytest.raises(ValueError, match="not finite"):
+        path.solve(1.0)
 
 
 def test_shrinking_c_is_refused():
