@@ -369,6 +369,25 @@ def test_no_file_outside_the_artifacts_is_given_out(public, path):
         assert response.status_code != 200 or "<html" in response.text
 
 
+@pytest.mark.parametrize("place", ["file://{0}", "{0}", "file://localhost{0}"])
+def test_editor_who_points_artifacts_at_files_of_the_machine_sees_none(public, tmp_path, place):
+    (tmp_path / "private.txt").write_text("private words")
+    editor, place = public.session("editor"), place.format(tmp_path)
+    experiment = {"name": f"elsewhere {place}", "artifact_location": place}
+    made = editor.post(f"{public.url}{API}/experiments/create", json=experiment)
+    run = editor.post(f"{public.url}{API}/runs/create", json=made.json()).json()["run"]
+    assert str(tmp_path) in run["info"]["artifact_uri"]
+    run_id = run["info"]["run_id"]
+    listed = editor.get(f"{public.url}{API}/artifacts/list?run_id={run_id}&path=../..")
+    assert "private.txt" not in listed.text
+    editor.post(f"{public.url}{API}/registered-models/create", json={"name": "elsewhere"})
+    version = {"name": "elsewhere", "run_id": run_id, "source": place}
+    assert editor.post(f"{public.url}{API}/model-versions/create", json=version).status_code == 400
+    for path in ("private.txt", "../../private.txt", "%2e%2e/%2e%2e/private.txt"):
+        read = editor.get(f"{public.url}/get-artifact?run_uuid={run_id}&path={path}")
+        assert "private words" not in read.text
+
+
 @pytest.mark.parametrize("size", [20_000, 300_000])
 def test_header_that_is_too_long_does_not_stop_the_server(public, size):
     asking = public.session("reader")

@@ -508,6 +508,7 @@ print(found.n_parts_resumed_)
 """
 
 
+@pytest.mark.slow
 def test_search_killed_in_the_middle_goes_on_in_another_process(tmp_path):
     def start(folder, result):
         command = [sys.executable, "-c", KILLED, str(tmp_path / folder), str(tmp_path / result)]
@@ -564,6 +565,7 @@ def cluster(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_cluster_gives_the_same_scores_though_one_of_two_workers_is_killed(
     cluster, tmp_path, small_split
 ):
