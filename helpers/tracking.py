@@ -27,7 +27,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from helpers import access, server
+from helpers import access, background, server
 from helpers.display import silenced_libraries
 from helpers.evaluation import compute_metrics, plot_confusion_matrix
 from helpers.workspace import in_colab
@@ -59,7 +59,7 @@ def connect(workspace, keep=None):
 
     Raises
     ------
-    helpers.server.ServerError
+    helpers.background.ServerError
         If the server does not answer or does not start.
     """
     uri = server.connect(workspace, keep)
@@ -274,7 +274,7 @@ def close_abandoned_runs():
     closed = []
     for run in running:
         tags = run.data.tags
-        if not server.is_running(int(tags["process.pid"]), float(tags["process.created"])):
+        if not background.is_running(int(tags["process.pid"]), float(tags["process.created"])):
             client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
             closed.append(run.info.run_id)
     return closed

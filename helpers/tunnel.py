@@ -26,7 +26,7 @@ from filelock import FileLock
 from pyngrok import conf, installer, ngrok
 from pyngrok.exception import PyngrokError, PyngrokNgrokHTTPError, PyngrokNgrokInstallError
 
-from helpers import access, server
+from helpers import access, background, server
 from helpers.display import notice, silenced_libraries
 from helpers.workspace import (
     ProjectError,
@@ -107,7 +107,7 @@ class Tunnel:
     @property
     def alive(self):
         """Whether the agent runs, and says that it serves this address."""
-        if not server.is_running(self.pid, self.created):
+        if not background.is_running(self.pid, self.created):
             return False
         try:
             answer = access.local_session().get(f"{self.api_url}/api/endpoints", timeout=5).json()
@@ -181,7 +181,7 @@ def show_ui(workspace, expose="auto", users=None, without_password=False, keep=N
     if team:
         return Address(team, "It is your team's server; MLFLOW_TRACKING_URI names it.")
     url = server.connect(workspace, keep)
-    local = url.replace(server.HOST, "localhost")
+    local = url.replace(background.HOST, "localhost")
     _forget_dead(workspace)
     if not expose:
         close_tunnel(workspace)
@@ -303,7 +303,7 @@ def _admit(workspace, tunnel):
 def _end(workspace, tunnel):
     """End a tunnel's agent, whichever process started it, and forget its name."""
     ngrok.kill(_configuration())
-    if server.is_running(tunnel.pid, tunnel.created):
+    if background.is_running(tunnel.pid, tunnel.created):
         agent = psutil.Process(tunnel.pid)
         agent.terminate()
         psutil.wait_procs([agent], timeout=5)
@@ -316,7 +316,7 @@ def _forget_dead(workspace):
     """Forget a tunnel whose agent is gone, as after a restart of the machine."""
     with _lock(workspace):
         tunnel = _read(workspace)
-        if tunnel is not None and not server.is_running(tunnel.pid, tunnel.created):
+        if tunnel is not None and not background.is_running(tunnel.pid, tunnel.created):
             _end(workspace, tunnel)
 
 

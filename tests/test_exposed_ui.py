@@ -16,7 +16,7 @@ import pytest
 import requests
 from mlflow.server.handlers import get_endpoints
 
-from helpers import access, activity, server, tracking, tunnel
+from helpers import access, activity, background, tracking, tunnel
 from helpers.workspace import open_workspace
 from tests.conftest import URI
 from tests.walkthrough import exposed
@@ -64,7 +64,7 @@ def public(cloud, tmp_path_factory, _no_team_server):
 @pytest.fixture(autouse=True)
 def _server_survives(public):
     yield
-    assert server.answers(public.local)
+    assert background.answers(public.local)
 
 
 def settled(public):

@@ -16,7 +16,7 @@ import pytest
 import requests
 from jupyter_client.manager import start_new_kernel
 
-from helpers import access, server, tunnel
+from helpers import access, background, server, tunnel
 from helpers.access import AccessError
 from helpers.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
@@ -218,7 +218,7 @@ def test_taken_port_is_said_and_the_tunnel_leads_to_the_other(workspace, ngrok, 
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            other.bind((server.HOST, server.PORT))
+            other.bind((background.HOST, server.PORT))
             other.listen()
         except OSError:
             pass  # something else has it already, which is as good
