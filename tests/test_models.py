@@ -15,6 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
+from sklearn.compose import ColumnTransformer
+from sklearn.impute import SimpleImputer
 from sklearn.metrics import (
     accuracy_score,
     f1_score,
@@ -24,8 +26,9 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import OrdinalEncoder, StandardScaler
 
-from helpers import access, cnn, data, svm, tracking
+from helpers import access, cnn, data, model_interface, svm, tracking
 from helpers.evaluation import compute_metrics
 from helpers.preprocessing import make_preprocessor
 from helpers.workspace import ParameterError
@@ -474,6 +477,7 @@ print(json.dumps(answer.to_dict("list")))
 """
 
 
+@pytest.mark.slow
 def test_model_answers_in_a_process_that_knows_nothing_of_the_project(
     logged, small_split, tmp_path
 ):
@@ -595,3 +599,61 @@ def test_column_may_come_with_the_blanks_that_training_removed_or_without(untidy
     for few in (rows.drop(columns="age\t"), rows.drop(columns="length")):
         with pytest.raises(MlflowException, match="missing inputs"):
             untidy.model.predict(few)
+
+
+# --- the fast preprocessing --------------------------------------------------------------------
+
+
+def odd_rows(split):
+    """Return test rows with gaps, unseen levels and extreme numbers in them."""
+    rows = split.X_test.copy()
+    for number, name in enumerate(rows.columns):
+        if rows[name].dtype.kind in "if":
+            rows[name] = rows[name].astype("float64")
+            rows.iloc[number, number] = np.nan
+            rows.iloc[number + 10, number] = -1e12
+        else:
+            rows.iloc[number, number] = None
+            rows.iloc[number + 10, number] = "Évora"
+    return rows
+
+
+@pytest.mark.parametrize("n_rows", [1, 45, 450])
+def test_fast_preprocessing_gives_what_the_fitted_one_gives(small_split, n_rows):
+    fitted = make_preprocessor(small_split.numeric, small_split.categorical)
+    fitted.fit(small_split.X_train)
+    columns = tracking.column_kinds(small_split.X_train)
+    fast = model_interface.make_fast(fitted, columns)
+    assert isinstance(fast, model_interface.FastPreprocessor)
+    many = pd.concat([odd_rows(small_split)] * 10, ignore_index=True).head(n_rows)
+    rows = model_interface.convert(many, columns)
+    np.testing.assert_array_equal(fast.transform(rows), fitted.transform(rows))
+
+
+def test_other_preprocessing_is_used_as_it_is(small_split):
+    columns = tracking.column_kinds(small_split.X_train)
+    numeric = list(small_split.numeric)
+    for transformers in (
+        [("numeric", StandardScaler(), numeric)],
+        [("numbers", SimpleImputer(), numeric)],
+        [("categorical", OrdinalEncoder(), list(small_split.categorical))],
+    ):
+        fitted = ColumnTransformer(transformers).fit(small_split.X_train)
+        assert model_interface.make_fast(fitted, columns) is fitted
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 10**400])
+def test_number_that_is_not_finite_is_refused_by_name(small_split, value):
+    columns = tracking.column_kinds(small_split.X_train)
+    rows = small_split.X_test.head(2).astype({"age": object})
+    rows.iloc[0, rows.columns.get_loc("age")] = value
+    with pytest.raises(MlflowException, match="'age'.*finite"):
+        model_interface.convert(rows, columns)
+
+
+def test_column_that_is_there_twice_is_refused_by_name(small_split):
+    columns = tracking.column_kinds(small_split.X_train)
+    rows = small_split.X_test.head(2)
+    rows = pd.concat([rows, rows[["age"]]], axis=1)
+    with pytest.raises(MlflowException, match="'age' is there more than once"):
+        model_interface.convert(rows, columns)
