@@ -37,6 +37,10 @@ NGROK_DOMAIN = "NGROK_DOMAIN"
 ADMIN_PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"
 USER_PASSWORD = "MLFLOW_PASSWORD_"  # and the user's name in capitals
 
+SCORING_PASSWORD = "SCORING_PASSWORD"
+ALERT_WEBHOOK = "ALERT_WEBHOOK"
+SCORING = "scoring"  # under which a password made for the models is stored
+
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 
 
@@ -169,6 +173,14 @@ def stored_secret(workspace, name):
     """Return the stored secret of a name, made at the first call (20 random characters)."""
     with _stored(workspace) as known:
         return known.setdefault(name, secrets.token_urlsafe(15))
+
+
+def known_secret(workspace, name):
+    """Return the stored secret of a name, or None if none was made."""
+    path = workspace.passwords
+    if not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get(name)
 
 
 # --- users ------------------------------------------------------------------------------------

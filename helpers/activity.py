@@ -14,7 +14,8 @@ from helpers.access import private
 MAX_BYTES = 5_000_000  # of one file, some 25,000 requests
 FILES = 5  # the current one and four older ones
 
-KINDS = ("page", "look", "change", "artifact", "rejected")
+SCORING_PATH = "/scoring/"  # below it: the scoring server
+KINDS = ("page", "look", "change", "artifact", "prediction", "rejected")
 OUTCOMES = {
     "ok": "answered",
     "error": "the server answered with an error",
@@ -67,8 +68,10 @@ def kind_of(method, path):
 
     Returns
     -------
-    {'page', 'look', 'change', 'artifact'}
+    {'page', 'look', 'change', 'artifact', 'prediction'}
     """
+    if path.startswith(SCORING_PATH):
+        return "prediction"
     if "/mlflow-artifacts/" in path or path.endswith(("get-artifact", "/artifacts/files")):
         return "artifact"
     if re.match(r"/(api|ajax-api)/|/graphql|/v1/|/gateway/", path):
@@ -80,7 +83,8 @@ def is_look(method, path):
     """Tell whether a request only looks.
 
     Reading is GET or HEAD, and those POST requests of MLflow's API and UI that carry a query:
-    searches and GraphQL, whose schema in MLflow has no mutation that changes anything.
+    searches and GraphQL, whose schema in MLflow has no mutation that changes anything; and
+    asking a model for predictions.
 
     Parameters
     ----------
@@ -91,6 +95,8 @@ def is_look(method, path):
     bool
     """
     if method in ("GET", "HEAD", "OPTIONS"):
+        return True
+    if method == "POST" and path.startswith(SCORING_PATH) and path.endswith("/invocations"):
         return True
     last = path.rstrip("/").rsplit("/", 1)[-1]
     return method == "POST" and bool(re.fullmatch(r"search(-\w+)?|graphql|ui-telemetry", last))
@@ -190,6 +196,7 @@ def plot_activity(activity):
         "look": COLOURS["info"],
         "change": COLOURS["good"],
         "artifact": "#9467bd",
+        "prediction": "#17becf",
         "rejected": COLOURS["bad"],
     }
     figure, axes = new_figure(width=7, height=1.2 + 0.4 * max(len(counts), 1))

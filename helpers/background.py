@@ -26,6 +26,7 @@ from helpers.display import notice
 from helpers.workspace import PROJECT_ROOT, ProjectError, atomic_path, is_interactive
 
 HOST = "127.0.0.1"
+STATE = "state.json"  # file in the folder of a service: its process
 START_TIMEOUT = 180  # seconds; a start takes about 10 on two cores
 
 
@@ -82,6 +83,15 @@ def is_running(pid, created):
         return False
 
 
+def read_state(folder):
+    """Return the `Server` that runs, as noted in the folder of a service, or None."""
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    server = Server(**json.loads(path.read_text(encoding="utf-8")))
+    return server if server.alive else None
+
+
 @dataclass(frozen=True)
 class Service:
     """A server that each workspace can have one process of.
@@ -98,6 +108,8 @@ class Service:
         More variables for the process.
     arguments : tuple of str
         More arguments for the process.
+    host : str
+        Address to listen at.
     """
 
     title: str
@@ -106,6 +118,7 @@ class Service:
     folder: Path
     environment: dict = field(default_factory=dict, compare=False)
     arguments: tuple = ()
+    host: str = HOST
 
     def start(self, port, keep=None):
         """Find the process or start one, and take a lease; do not wait until it answers.
@@ -135,10 +148,7 @@ class Service:
 
     def read(self):
         """Return the `Server` that runs, or None."""
-        if not self._state.is_file():
-            return None
-        server = Server(**json.loads(self._state.read_text(encoding="utf-8")))
-        return server if server.alive else None
+        return read_state(self.folder)
 
     def wait(self, server, timeout=START_TIMEOUT):
         """Wait until a server answers.
@@ -187,7 +197,7 @@ class Service:
 
     @property
     def _state(self):
-        return self.folder / "state.json"
+        return self.folder / STATE
 
     @property
     def _leases(self):
@@ -239,7 +249,7 @@ class Service:
             )
         listener.close()
         created = psutil.Process(process.pid).create_time()
-        return Server(f"http://{HOST}:{port}", process.pid, created, keep)
+        return Server(f"http://{self.host}:{port}", process.pid, created, keep)
 
     def _environment(self):
         path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.getenv("PYTHONPATH")]))
@@ -257,7 +267,7 @@ class Service:
                 # As servers do: a port whose last connections are still closing is free.
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((HOST, port))
+                listener.bind((self.host, port))
                 listener.listen(128)
             except OSError:
                 listener.close()

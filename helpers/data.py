@@ -56,6 +56,7 @@ STUDENT_CATEGORICAL = (
 
 MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
 DELIMITERS = ";\t|,"  # where several fit equally well the first wins: texts have commas in them
+HEAD_BYTES = 1_000_000  # of a file that is read in chunks; tell its encoding and delimiter
 FIRST_LINES = 20  # lines that tell the delimiter
 BLANK_LINES = re.compile(r"(?:[^\S\r\n]*(?:\r\n?|\n))*")
 THOUSANDS = r"[+-]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?"
@@ -531,6 +532,91 @@ def read_table(content, source, target="Target", categorical=None, drop=None):
         for name in frame.columns
     }
     return _make_table(pd.DataFrame(columns), target, named, dropped, header, source)
+
+
+class CsvChunks:
+    """A CSV of any size, a chunk of rows at a time; an iterator and a context manager.
+
+    Parameters
+    ----------
+    source : pathlib.Path
+        UTF-8, or another encoding that Latin-1 can stand for; may be packed with gzip.
+    n_rows : int
+        Rows per chunk.
+    dtype : dict of str to type, optional
+        Types of columns by their name without blanks; default: inferred in each chunk.
+    """
+
+    def __init__(self, source, n_rows, dtype=None):
+        self.source = source
+        self._raw = Path(source).open("rb")  # noqa: SIM115 - closed by __exit__
+        packed = self._raw.read(2) == b"\x1f\x8b"
+        self._raw.seek(0)
+        self._stream = gzip.GzipFile(fileobj=self._raw) if packed else self._raw
+        try:
+            head = self._stream.read(HEAD_BYTES)
+            self._stream.seek(0)
+            if len(head) == HEAD_BYTES and b"\n" in head:
+                # It may end within a letter.
+                head = head[: head.rindex(b"\n")]
+            text = _decode(head, source)
+            delimiter = _find_delimiter(text, None, source)
+            names = _clean_header(_first_rows(text, delimiter)[0], source)
+            self._chunks = pd.read_csv(
+                io.TextIOWrapper(self._stream, _encoding(head), newline=""),
+                sep=delimiter,
+                header=0,
+                names=names,
+                index_col=False,
+                skipinitialspace=True,
+                keep_default_na=False,
+                na_values=list(MISSING),
+                dtype=dtype,
+                chunksize=n_rows,
+            )
+        except (OSError, EOFError, zlib.error):
+            self._raw.close()
+            raise DataError(f"{source} is a broken archive. Fetch it again.") from None
+        except BaseException:
+            self._raw.close()
+            raise
+
+    @property
+    def position(self):
+        """Bytes of the file that were read."""
+        return self._raw.tell()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._chunks.close()
+        self._raw.close()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        try:
+            return next(self._chunks)
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{self.source} is UTF-8 at its beginning but not later. Save it as UTF-8."
+            ) from None
+        except (pd.errors.ParserError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(
+                f"{self.source} is not a well-formed CSV file: {str(error).strip()}"
+            ) from None
+
+
+def _encoding(head):
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    try:
+        head.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return "latin-1"
+    return "utf-8-sig"
 
 
 def _fetch_uci():

@@ -22,19 +22,23 @@ import sys
 import time
 import warnings
 from collections import deque
-from urllib.parse import urlsplit
+from functools import partial
+from urllib.parse import quote, urlsplit
 
 import anyio
+import requests
 import uvicorn
 
-from helpers import access
-from helpers.activity import ActivityLog, is_look
+from helpers import access, background
+from helpers.activity import SCORING_PATH, ActivityLog, is_look
 from helpers.workspace import open_workspace
 
 HOST = "127.0.0.1"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 REMEMBER = 60  # seconds for which a checked password is not checked again
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
+MOST_FORWARDED = 64 * 2**20  # bytes of a request that is passed on to the scoring server
+SCORING_TIMEOUT = 120  # seconds for its answer
 MOST_WRONG = 20  # wrong passwords of one user from one outside address within a minute
 MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counted
 
@@ -142,11 +146,13 @@ class Gate:
         Authorization header of the notebooks' account, with which requests of this machine
         pass MLflow while no sign-in is asked of them.
     log : helpers.activity.ActivityLog
+    scoring : callable
+        ASGI app for paths below ``/scoring/``.
     """
 
-    def __init__(self, app, port, rules, passwords, notebooks, log):
+    def __init__(self, app, port, rules, passwords, notebooks, log, scoring):
         self.app, self.port, self.rules, self.passwords = app, port, rules, passwords
-        self.notebooks, self.log = notebooks, log
+        self.notebooks, self.log, self.scoring = notebooks, log, scoring
         self._wrong = {}
 
     async def __call__(self, scope, receive, send):
@@ -170,7 +176,9 @@ class Gate:
             await _drain(receive)
             await _answer(answer, rejection)
         else:
-            await self.app({**scope, "headers": inner}, receive, answer)
+            app = self.scoring if scope["path"].startswith(SCORING_PATH) else self.app
+            signed_in = headers.get(b"authorization") is not None
+            await app({**scope, "headers": inner, "signed_in": signed_in}, receive, answer)
         finally:
             # A page's scripts and styles, and "are you there?", say nothing about who did what.
             if not (
@@ -253,6 +261,69 @@ class Gate:
         if authorization is not None:
             kept.append((b"authorization", authorization))
         return kept
+
+
+class Scoring:
+    """ASGI app that passes requests on to the workspace's scoring server.
+
+    So the models can be asked at the public address of the MLflow server, by the same users:
+    the free plan of ngrok has a single address.
+
+    Parameters
+    ----------
+    find : callable
+        Returns the address of the scoring server, or None, and its password, or None.
+    """
+
+    def __init__(self, find):
+        self._find, self._session = find, access.local_session()
+
+    async def __call__(self, scope, receive, send):
+        """Handle one request as ASGI asks for it."""
+        body, size, more = [], 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size <= MOST_FORWARDED:
+                body.append(message.get("body", b""))
+            more = message.get("more_body", False)
+        if size > MOST_FORWARDED:
+            await _answer(send, RejectedError(413, "error", "Send fewer rows per request."))
+            return
+        url, password = self._find()
+        if url is None:
+            message = "The scoring server does not run: python -m helpers.serving starts it."
+            await _answer(send, RejectedError(503, "error", message))
+            return
+        if password and not scope["signed_in"]:
+            await _answer(send, _unauthorized("Sign in to ask the models."))
+            return
+        try:
+            found = await anyio.to_thread.run_sync(self._ask, url, password, scope, b"".join(body))
+        except requests.RequestException:
+            await _answer(send, RejectedError(502, "error", "The scoring server does not answer."))
+            return
+        headers = [
+            (name.lower().encode(), value.encode("latin-1"))
+            for name, value in found.headers.items()
+            if name.lower() == "content-type" or name.lower().startswith("x-")
+        ]
+        headers.append((b"content-length", str(len(found.content)).encode()))
+        await send({"type": "http.response.start", "status": found.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": found.content})
+
+    def _ask(self, url, password, scope, body):
+        kept = (b"content-type", b"content-encoding")
+        query = scope["query_string"].decode("latin-1")
+        path = scope["path"].removeprefix(SCORING_PATH.rstrip("/"))
+        return self._session.request(
+            scope["method"],
+            f"{url}{quote(path)}" + (f"?{query}" if query else ""),
+            data=body,
+            headers={name.decode(): value for name, value in scope["headers"] if name in kept},
+            auth=("client", password) if password else None,
+            timeout=SCORING_TIMEOUT,
+        )
 
 
 class Headers:
@@ -453,6 +524,18 @@ def create_app(workspace, port):
         Passwords(auth.store),
         basic(access.NOTEBOOKS, password),
         ActivityLog(workspace.activity),
+        Scoring(partial(_find_scoring, workspace)),
+    )
+
+
+def _find_scoring(workspace):
+    """Return address and password of the workspace's scoring server, each None without one."""
+    server = background.read_state(workspace.scoring)
+    if server is None:
+        return None, None
+    url = server.url.replace("0.0.0.0", HOST)
+    return url, access.find_secret(access.SCORING_PASSWORD) or access.known_secret(
+        workspace, access.SCORING
     )
 
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 from pyngrok import conf, installer, ngrok
 from pyngrok.exception import PyngrokError, PyngrokNgrokHTTPError, PyngrokNgrokInstallError
 
-from helpers import access, background, server
+from helpers import access, activity, background, server
 from helpers.display import notice, silenced_libraries
 from helpers.workspace import (
     ProjectError,
@@ -69,6 +69,7 @@ ADVICE = {
         "again: it starts the server."
     ),
 }
+MODELS = "The models answer"
 _typed = {}  # what was typed in this session, so that nobody is asked twice
 DOMAIN_CODES = ("ERR_NGROK_319", "ERR_NGROK_320", "ERR_NGROK_326")
 
@@ -125,18 +126,21 @@ class Address:
     url : str
     note : str
         How to sign in, or why the address is not public.
+    what : str
+        What is there, for the sentence that says so.
     """
 
     url: str
     note: str = ""
+    what: str = "The MLflow UI is"
 
     def __repr__(self):
-        return f"The MLflow UI is at {self.url}" + (f"\n{self.note}" if self.note else "")
+        return f"{self.what} at {self.url}" + (f"\n{self.note}" if self.note else "")
 
     def _repr_html_(self):
         url, note = html.escape(self.url, quote=True), html.escape(self.note)
         link = f'<a href="{url}" target="_blank" rel="noopener"><b>{url}</b></a>'
-        return f"The MLflow UI is at {link}<br>{note}".replace("\n", "<br>")
+        return f"{self.what} at {link}<br>{note}".replace("\n", "<br>")
 
 
 # --- the cell ---------------------------------------------------------------------------------
@@ -198,6 +202,30 @@ def show_ui(workspace, expose="auto", users=None, without_password=False, keep=N
             raise
         notice(f"The MLflow UI is not public. {error}", "warning")
         return _colab_proxy(workspace, url, "") if _has_proxy() else Address(local)
+
+
+def show_models(workspace, models):
+    """Show where the scoring server can be asked: publicly, where the MLflow UI is.
+
+    It is below the address of the MLflow server, and takes the same users.
+
+    Parameters
+    ----------
+    workspace : helpers.workspace.Workspace
+    models : helpers.serving.ScoringServer
+
+    Returns
+    -------
+    Address
+    """
+    _forget_dead(workspace)
+    with _lock(workspace):
+        tunnel = _read(workspace)
+    if tunnel is None:
+        return Address(models.url, "Only from this machine; a tunnel shows it to others.", MODELS)
+    note = "Sign in as for the MLflow UI; readers may ask, too. The path of each model: "
+    note += ", ".join(f"/models/{name}/invocations" for name in models.models)
+    return Address(f"{tunnel.url}{activity.SCORING_PATH.rstrip('/')}", note, MODELS)
 
 
 def close_tunnel(workspace):

@@ -133,9 +133,24 @@ SETTINGS = {
     "ALLOW_REPLACE": Setting(
         bool, "promote even where Production was trained on another kind of table"
     ),
+    "MIN_ROBUSTNESS": Setting(
+        float,
+        "share of attacked rows whose answer must hold; 0: any",
+        minimum=0,
+        maximum=1,
+    ),
+    "ATTACKED_ROWS": Setting(
+        int, "test rows on which robustness is measured; 0: not measured", minimum=0
+    ),
     "REASON": Setting(str, "why the candidates are promoted, for the history"),
     "PROMOTED_BY": Setting(
         str, "who promotes, for the history (default: the user name)", optional=True
+    ),
+    "DEMO_TRAFFIC": Setting(bool, "send the test rows and their labels as a first day of traffic"),
+    "PERIOD": Setting(
+        str,
+        "length of a period of the monitoring: hour, day, week or month",
+        choices=("h", "D", "W", "M"),
     ),
     "EXPOSE_UI": Setting(
         str,
@@ -273,6 +288,21 @@ class Workspace:
     def server(self):
         """Folder of the local MLflow server's log, lock, state and users."""
         return self.root / ".server"
+
+    @property
+    def scoring(self):
+        """Folder of the scoring server's log, lock and state."""
+        return self.root / ".scoring"
+
+    @property
+    def batch(self):
+        """Folder of files to score, and scored, of notebook 05."""
+        return self.root / "batch"
+
+    @property
+    def scored_rows(self):
+        """SQLite file of what production was asked and answered, labels and alerts."""
+        return self.root / "scored.db"
 
     @property
     def access_rules(self):

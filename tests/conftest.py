@@ -133,3 +133,13 @@ def tracking_server(running_server):
     yield running_server
     running_server.connect()
     mlflow.end_run("KILLED")
+
+
+@pytest.fixture(scope="session")
+def big_split(tmp_path_factory):
+    """The small table with enough rows to measure drift on."""
+    folder = tmp_path_factory.mktemp("big_split")
+    path = folder / "big.csv"
+    make_small_frame(1500).to_csv(path, index=False)
+    table = data.load_table(str(path), open_workspace(folder / "ws"), categorical=["course"])
+    return data.split_table(table)

@@ -16,9 +16,10 @@ import pytest
 import requests
 from mlflow.server.handlers import get_endpoints
 
-from helpers import access, activity, background, tracking, tunnel
+from helpers import access, activity, background, server_app, tracking, tunnel
 from helpers.workspace import open_workspace
 from tests.conftest import URI
+from tests.serving import serve_here
 from tests.walkthrough import exposed
 
 API = "/api/2.0/mlflow"
@@ -300,6 +301,81 @@ def test_account_that_is_in_no_table_only_looks(public):
     assert look(asking, public) == [200] * 5
     create = asking.post(f"{public.url}{API}/registered-models/create", json={"name": "guests"})
     assert create.status_code == 403
+
+
+# --- the models --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answering(public):
+    """A stand-in for a scoring server with a password of its own, as the gate finds it."""
+    asked = []
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        body = (await receive())["body"]
+        asked.append((scope["path"], dict(scope["headers"]), body))
+        headers = [(b"content-type", b"application/json"), (b"x-model-version", b"7")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"predictions": []}'})
+
+    access.stored_secret(public.workspace, access.SCORING)
+    state = public.workspace.scoring / background.STATE
+    with serve_here(app) as url:
+        me = psutil.Process()
+        here = background.Server(url, me.pid, me.create_time(), False)
+        state.parent.mkdir()
+        state.write_text(json.dumps(vars(here)))
+        yield asked
+        state.unlink()
+
+
+ASK = "/scoring/models/model_svm_rbf/invocations"
+
+
+@pytest.mark.parametrize("user", ["reader", "editor", "admin"])
+def test_every_user_may_ask_the_models_at_the_public_address(public, answering, user):
+    answer = public.session(user).post(f"{public.url}{ASK}", json={"instances": []})
+    assert answer.json() == {"predictions": []}
+    assert answer.headers["x-model-version"] == "7"
+    path, headers, body = answering[-1]
+    assert path == ASK.removeprefix("/scoring")
+    assert json.loads(body) == {"instances": []}
+    # The user's password stays here; the models' own goes on.
+    secret = access.stored_secret(public.workspace, access.SCORING)
+    assert headers[b"authorization"] == server_app.basic("client", secret)
+
+
+def test_nobody_asks_the_models_without_sign_in(public, answering):
+    before = len(answering)
+    assert public.session().post(f"{public.url}{ASK}", json={}).status_code == 401
+    wrong = public.session("reader", "a wrong password")
+    assert wrong.post(f"{public.url}{ASK}", json={}).status_code == 401
+    assert len(answering) == before
+
+
+def test_asking_the_models_is_in_the_activity_log(public, answering):
+    public.session("reader").post(f"{public.url}{ASK}", json={})
+    line = last(public, kind="prediction")
+    assert (line["user"], line["outcome"]) == ("reader", "ok")
+
+
+def test_scoring_server_that_does_not_run_is_said(public, answering):
+    state = public.workspace.scoring / background.STATE
+    kept = state.read_text()
+    state.unlink()
+    answer = public.session("reader").post(f"{public.url}{ASK}", json={})
+    state.write_text(kept)
+    assert answer.status_code == 503
+    assert "helpers.serving" in answer.text
+
+
+def test_cell_shows_the_public_address_of_the_models(public):
+    models = SimpleNamespace(url="http://127.0.0.1:5001", models={"model_svm_rbf": {}})
+    address = tunnel.show_models(public.workspace, models)
+    assert address.url == f"{public.url}/scoring"
+    assert "The models answer at" in repr(address)
 
 
 # --- attacks -----------------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""What the tests of serving and monitoring share: models in Production, and servers of them."""
+
+import threading
+import time
+from contextlib import contextmanager
+
+import mlflow
+import pandas as pd
+import uvicorn
+
+from helpers import cnn, registry, svm, tracking
+from helpers.registry import Candidate
+
+QUICK = cnn.Settings(epochs=4, batch_size=32)
+PASSED = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
+
+
+def wait_for(condition, seconds=60):
+    """Wait until a condition holds; the limit only keeps a failing test from hanging."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def log_svm(split, C=1.0):
+    """Log an SVM as notebook 03 does, without the search."""
+    with tracking.start_run("svc_model", "svm", split.manifest) as run:
+        info = tracking.log_model(split, classifier=svm.fit_best(split, C, 0.1, folds=3))
+        tracking.evaluate_logged_model(info, split)
+    return mlflow.get_run(run.info.run_id)
+
+
+def log_network(split):
+    """Log a network as notebook 02 does, trained for a few epochs."""
+    training = cnn.train(split, QUICK)
+    parts = {"preprocessor": training.preprocessor, "network": training.network}
+    with tracking.start_run("conv_network", "default_logistic", split.manifest) as run:
+        info = tracking.log_model(split, **parts)
+        tracking.evaluate_logged_model(info, split)
+    return mlflow.get_run(run.info.run_id)
+
+
+def put_in_production(name, run, split):
+    """Register a run's model and promote it; return the version."""
+    version = registry.register(Candidate(name, run, split), PASSED)
+    return registry.promote(name, version.version, "a test")
+
+
+@contextmanager
+def serve_here(app):
+    """Serve an ASGI application in a thread of this process; gives its address."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert wait_for(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
