@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from helpers import tracking
+from helpers import behaviour, drift, robustness, tracking
 from helpers.display import COLOURS, notice
 from helpers.evaluation import compute_metrics
 from helpers.workspace import MissingStepError, ProjectError, is_interactive
@@ -25,6 +25,8 @@ from helpers.workspace import MissingStepError, ProjectError, is_interactive
 ALIAS = "production"
 STAGE = "Production"
 HISTORY = "promotions"
+REFERENCE = "monitoring/reference.json"  # artifact: what production is compared with later
+ROBUSTNESS = "robustness/robustness.json"  # artifact: what the attack achieved
 REPRODUCED = 1e-4  # largest difference between a logged metric and the same one recomputed
 SUM_TOLERANCE = 1e-6  # how far the probabilities of a row may be from summing to 1
 MIN_UNSEEN = 30  # test rows new to the version in Production, to measure it on these alone
@@ -74,11 +76,14 @@ class Rules:
         training on another machine differs by a few rows.
     allow_replace : bool
         Promote even where Production was trained on another kind of table.
+    min_robustness : float
+        Share of attacked rows whose answer must hold, see `helpers.robustness`; 0: any.
     """
 
     min_gain: float = 0.02
     max_loss: float = 0.01
     allow_replace: bool = False
+    min_robustness: float = 0.0
 
 
 # --- what is there ----------------------------------------------------------------------------
@@ -148,10 +153,25 @@ def load_all_production():
     helpers.workspace.MissingStepError
         If none is.
     """
+    return {name: load_production(name) for name in require_production()}
+
+
+def require_production():
+    """Return the names of the models of the series that are in Production.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    helpers.workspace.MissingStepError
+        If none is.
+    """
     names = [name for name in MODELS if production_version(name)]
     if not names:
         raise MissingStepError("No model is in Production. Run 04_registry_promotion first.")
-    return {name: load_production(name) for name in names}
+    return names
 
 
 # --- candidates -------------------------------------------------------------------------------
@@ -169,11 +189,14 @@ class Candidate:
         That logged it.
     split : helpers.data.Split
         Training and test rows that the run used.
+    robustness : helpers.robustness.Robustness or None
+        From `attack_candidates`; None if not measured.
     """
 
     name: str
     run: mlflow.entities.Run
     split: object = field(repr=False)
+    robustness: object = field(default=None, repr=False)
 
     @property
     def model_uri(self):
@@ -507,6 +530,32 @@ def _check_champion(candidate, baseline, rules):
     return f"macro F1 {score:.4f}, {champion} {metrics['f1_macro']:.4f} on {basis}"
 
 
+def _behaviour(check):
+    """Make a check of the promotion rule from one of `helpers.behaviour`."""
+
+    def checked(candidate, baseline, rules):
+        try:
+            return check(candidate.model, candidate.split)
+        except behaviour.BehaviourError as error:
+            raise CheckFailedError(str(error)) from error
+
+    return checked
+
+
+def _check_robustness(candidate, baseline, rules):
+    result = candidate.robustness
+    if result is None:
+        _require(not rules.min_robustness, "not measured, but MIN_ROBUSTNESS asks for it")
+        return "not measured"
+    holds = 1 - result.flip_rate
+    _require(
+        holds >= rules.min_robustness,
+        f"{holds:.0%} of {result.n_rows} attacked rows hold, MIN_ROBUSTNESS is "
+        f"{rules.min_robustness:.0%}",
+    )
+    return f"{holds:.0%} of {result.n_rows} attacked rows hold"
+
+
 # The promotion rule, in order. A check takes the candidate, the baseline's metrics and the
 # rules, returns its finding, and raises CheckFailedError where the candidate must not be promoted.
 CHECKS = {
@@ -516,6 +565,10 @@ CHECKS = {
     "unseen category": _check_unseen_category,
     "metrics reproduced": _check_reproduced,
     "better than the majority class": _check_baseline,
+    "minimum functionality": _behaviour(behaviour.check_cases),
+    "direction": _behaviour(behaviour.check_directions),
+    "invariance": _behaviour(behaviour.check_invariances),
+    "robustness": _check_robustness,
     "may replace Production": _check_replaceable,
     "not worse than Production": _check_champion,
 }
@@ -573,6 +626,59 @@ def colour_checks(row):
     return [f"color: {colour}"] * len(row)
 
 
+# --- robustness -------------------------------------------------------------------------------
+
+
+def attack_candidates(candidates, n_rows=robustness.N_ROWS):
+    """Measure how robust each candidate is, and log it with its run.
+
+    What was measured for a run before is read back.
+
+    Parameters
+    ----------
+    candidates : dict of str to Candidate
+        Their `Candidate.robustness` is set.
+    n_rows : int
+        Test rows to attack; 0: measure nothing.
+
+    Returns
+    -------
+    dict of str to helpers.robustness.Robustness
+        By name, without candidates that do not load or have no numeric column.
+    """
+    measured = {}
+    for name, candidate in candidates.items():
+        known = _known_robustness(candidate, n_rows)
+        # A candidate that does not load is refused by the checks, which say why.
+        with suppress(*LOAD_ERRORS):
+            if n_rows and known is None:
+                known = robustness.measure(candidate.model, candidate.split, n_rows)
+                if known is not None:
+                    _log_robustness(candidate, known)
+        candidate.robustness = known
+        if known is not None:
+            measured[name] = known
+    return measured
+
+
+def _known_robustness(candidate, n_rows):
+    logged = candidate.metrics.get("robustness_rows")
+    if logged is None or not n_rows:
+        return None
+    text = mlflow.artifacts.load_text(f"runs:/{candidate.run.info.run_id}/{ROBUSTNESS}")
+    found = robustness.Robustness.from_json(text)
+    return found if found.asked == n_rows else None
+
+
+def _log_robustness(candidate, measured):
+    client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
+    client.log_text(run_id, measured.to_json(), ROBUSTNESS)
+    figure = robustness.plot_robustness(measured, candidate.name)
+    client.log_figure(run_id, figure, "robustness/robustness.png")
+    for key, value in measured.metrics().items():
+        client.log_metric(run_id, key, value)
+
+
 # --- registering and promoting ----------------------------------------------------------------
 
 
@@ -609,6 +715,7 @@ def register(candidate, checks):
     mlflow.entities.model_registry.ModelVersion
     """
     client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
+    client.log_dict(run_id, drift.make_reference(candidate.split, candidate.answer), REFERENCE)
     known = [v for v in _versions(candidate.name) if v.run_id == run_id]
     version = known[0] if known else _create_version(candidate)
     failed = ", ".join(checks.index[~checks["passed"]])

@@ -20,7 +20,7 @@ import joblib
 import mlflow
 import pandas as pd
 import psutil
-from mlflow.entities import Metric, Param, RunStatus
+from mlflow.entities import Metric, Param, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema
@@ -251,6 +251,40 @@ def log_child_runs(run, children, manifest):
             [Param(key, str(value)) for key, value in params.items()],
         )
         client.set_terminated(child)
+
+
+def keep_run(client, experiment, run_name, keys, tags, metrics):
+    """Keep one finished run per set of keys; write only if its tags changed.
+
+    Parameters
+    ----------
+    client : mlflow.MlflowClient
+    experiment, run_name : str
+    keys : dict of str to str
+        Tags that tell the run from others.
+    tags : dict of str to str
+        All tags.
+    metrics : dict of str to float
+
+    Returns
+    -------
+    str
+        Id of the run.
+    """
+    experiment_id = open_experiment(experiment)
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in keys.items())
+    found = client.search_runs([experiment_id], query, max_results=1)
+    if found and tags.items() <= found[0].data.tags.items():
+        return found[0].info.run_id
+    run = found[0] if found else client.create_run(experiment_id, run_name=run_name)
+    now = int(time.time() * 1000)
+    client.log_batch(
+        run.info.run_id,
+        [Metric(key, value, now, 0) for key, value in metrics.items()],
+        tags=[RunTag(key, value) for key, value in tags.items()],
+    )
+    client.set_terminated(run.info.run_id)
+    return run.info.run_id
 
 
 def close_abandoned_runs():

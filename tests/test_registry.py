@@ -16,7 +16,7 @@ from sklearn.dummy import DummyClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
 
-from helpers import access, data, registry, svm, tracking
+from helpers import access, behaviour, data, registry, robustness, svm, tracking
 from helpers.evaluation import compute_metrics, majority_baseline
 from helpers.preprocessing import make_preprocessor
 from helpers.registry import Candidate, Rules
@@ -173,6 +173,63 @@ def test_nothing_is_in_production_of_a_model_that_nobody_registered(name):
         registry.promote(name, 1, "nothing there")
 
 
+# --- behaviour and robustness ------------------------------------------------------------------
+
+
+def test_candidate_that_does_not_behave_is_not_promoted(name, shop, monkeypatch):
+    never_low = behaviour.Case("nobody is low", lambda rows: rows, "low", ("length",))
+    monkeypatch.setattr(behaviour, "CASES", (never_low,))
+    checks, decision = try_to_promote(name, shop, shop.good[0])
+    assert failed(checks) == ["minimum functionality"]
+    assert "nobody is low" in decision["why"]
+    assert registry.production_version(name) is None
+
+
+def test_robustness_is_logged_with_the_run_and_measured_once(name, shop, monkeypatch):
+    candidate = Candidate(name, shop.good[2], shop.split)
+    measured = registry.attack_candidates({name: candidate}, 6)[name]
+    assert measured.n_rows == 6
+    run = mlflow.get_run(shop.good[2].info.run_id)
+    assert run.data.metrics["robustness"] == 1 - measured.flip_rate
+    files = mlflow.MlflowClient().list_artifacts(run.info.run_id, "robustness")
+    assert {file.path for file in files} == {
+        "robustness/robustness.json",
+        "robustness/robustness.png",
+    }
+    monkeypatch.setattr(registry.robustness, "measure", None)
+    again = Candidate(name, run, shop.split)
+    assert registry.attack_candidates({name: again}, 6)[name].metrics() == measured.metrics()
+    assert again.robustness is not None
+    assert registry.attack_candidates({name: again}, 0) == {}
+
+
+@pytest.mark.parametrize(("holds", "wanted", "refused"), [(0.5, 0.4, False), (0.5, 0.6, True)])
+def test_min_robustness_blocks_promotion(name, shop, holds, wanted, refused):
+    columns = np.array([1.0, np.nan] * 5)
+    measured = robustness.Robustness(10, columns, pd.Series(dtype=float), 10)
+    assert 1 - measured.flip_rate == holds
+    candidate = Candidate(name, shop.good[0], shop.split, measured)
+    checks = registry.check_candidates(
+        {name: candidate}, shop.baseline, Rules(min_robustness=wanted)
+    )
+    assert failed(checks.loc[name]) == (["robustness"] if refused else [])
+
+
+def test_min_robustness_needs_a_measurement(name, shop):
+    checks, decision = try_to_promote(name, shop, shop.good[0], rules=Rules(min_robustness=0.1))
+    assert failed(checks) == ["robustness"]
+    assert "not measured" in decision["why"]
+
+
+def test_reference_for_the_monitoring_is_logged_with_the_run(name, shop):
+    try_to_promote(name, shop, shop.good[0])
+    run_id = shop.good[0].info.run_id
+    reference = json.loads(mlflow.artifacts.load_text(f"runs:/{run_id}/{registry.REFERENCE}"))
+    assert set(reference["columns"]) == set(shop.split.X_train.columns)
+    expected = shop.good[0].data.metrics["accuracy"]
+    assert reference["metrics"]["accuracy"] == pytest.approx(expected)
+
+
 # --- rolling back and history ------------------------------------------------------------------
 
 
@@ -322,6 +379,7 @@ def promote_1_and_2_of_3(name, shop):
         registry.promote(name, version, "promoted")
 
 
+@pytest.mark.slow
 def test_rollback_from_an_alias_moved_forward_by_hand_goes_to_the_last_one_promoted(name, shop):
     promote_1_and_2_of_3(name, shop)
     set_alias(name, "3")
@@ -331,6 +389,7 @@ def test_rollback_from_an_alias_moved_forward_by_hand_goes_to_the_last_one_promo
     assert registry.rollback(name, "further back").version == "1"
 
 
+@pytest.mark.slow
 def test_rollback_from_an_alias_moved_back_by_hand_never_goes_to_that_version(name, shop):
     promote_1_and_2_of_3(name, shop)
     set_alias(name, "1")
@@ -342,6 +401,7 @@ def test_rollback_from_an_alias_moved_back_by_hand_never_goes_to_that_version(na
         registry.rollback(name, "nothing is left")
 
 
+@pytest.mark.slow
 def test_promotion_that_fails_half_way_leaves_production_and_can_be_done_again(
     name, shop, monkeypatch
 ):

@@ -1,0 +1,268 @@
+"""Behaviour that a model must show before it is promoted, whatever its metrics.
+
+Three kinds, after Ribeiro et al. [1]_: minimum functionality (a case that nobody may get wrong),
+direction (a change that may move the answer one way only), and invariance (a change that may
+not move it). To add one for the students' table, add a line to `STUDENT_CASES` or
+`STUDENT_DIRECTIONS`; for another table, add tuples of your own to `CASES` and `DIRECTIONS`. What
+names a column or a label that a table does not have is not applied to it.
+
+References
+----------
+.. [1] M. T. Ribeiro, T. Wu, C. Guestrin, S. Singh (2020). *Beyond Accuracy: Behavioral Testing
+   of NLP Models with CheckList*. ACL. doi:10.18653/v1/2020.acl-main.442
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+FIRST, SECOND = "Curricular units 1st sem", "Curricular units 2nd sem"
+MOST_ROWS = 400  # test rows that a behaviour is tried on
+CASE_TOLERANCE = 0.02  # share of the changed rows of a case that may fail
+DIRECTION_TOLERANCE = 0.01  # mean change of a probability against the direction
+INVARIANCE_TOLERANCE = 1e-5  # change of a probability where nothing may change
+NEW_CODES = (10_001, 20_002)  # two codes that no table has
+
+
+class BehaviourError(Exception):
+    """A model does not behave as it must; the message says how."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Minimum functionality: rows changed so that a label is out of the question.
+
+    Attributes
+    ----------
+    description : str
+    change : callable
+        From rows to changed rows; a pandas.DataFrame each.
+    never : str
+        Label that may not be predicted.
+    columns : tuple of str
+        That the table must have.
+    among : callable, optional
+        From rows to those, as bool, that the case is about; default: all.
+    """
+
+    description: str
+    change: object
+    never: str
+    columns: tuple
+    among: object = None
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A change after which a label's probability must not fall, on average.
+
+    Attributes
+    ----------
+    description : str
+    change : callable
+        From rows to changed rows.
+    label : str
+    columns : tuple of str
+        That the table must have.
+    """
+
+    description: str
+    change: object
+    label: str
+    columns: tuple
+
+
+def _all_approved(rows):
+    """Give every student six units in both semesters, all approved with a good grade."""
+    changed = rows.copy()
+    for name in (FIRST, SECOND):
+        changed[f"{name} (enrolled)"] = 6
+        changed[f"{name} (evaluations)"] = 6
+        changed[f"{name} (approved)"] = 6
+        changed[f"{name} (grade)"] = 15.0
+        changed[f"{name} (without evaluations)"] = 0
+    return changed.assign(**{"Tuition fees up to date": 1, "Debtor": 0})
+
+
+def _fewer_approved(rows):
+    """Take two approved units of each semester away, where there are any."""
+    columns = [f"{name} (approved)" for name in (FIRST, SECOND)]
+    return rows.assign(**{name: (rows[name] - 2).clip(lower=0) for name in columns})
+
+
+def _fees_not_paid(rows):
+    return rows.assign(**{"Tuition fees up to date": 0})
+
+
+def _units(*parts):
+    return tuple(f"{name} ({part})" for name in (FIRST, SECOND) for part in parts)
+
+
+STUDENT_CASES = (
+    Case(
+        "every unit approved and fees paid: not Dropout",
+        _all_approved,
+        "Dropout",
+        (
+            *_units("enrolled", "evaluations", "approved", "grade", "without evaluations"),
+            "Tuition fees up to date",
+            "Debtor",
+        ),
+    ),
+)
+STUDENT_DIRECTIONS = (
+    Direction(
+        "fewer approved units never make Dropout less likely",
+        _fewer_approved,
+        "Dropout",
+        _units("approved"),
+    ),
+    Direction(
+        "unpaid fees never make Dropout less likely",
+        _fees_not_paid,
+        "Dropout",
+        ("Tuition fees up to date",),
+    ),
+)
+CASES = STUDENT_CASES
+DIRECTIONS = STUDENT_DIRECTIONS
+
+
+def _applies(test, label, split):
+    return set(test.columns) <= set(split.X_test.columns) and label in split.labels
+
+
+def _probability(model, rows, label):
+    return model.predict(rows)[f"probability_{label}"].to_numpy()
+
+
+def check_cases(model, split, cases=None, tolerance=CASE_TOLERANCE):
+    """Make sure that no case gets the label that is out of the question.
+
+    Parameters
+    ----------
+    model : mlflow.pyfunc.PyFuncModel
+    split : helpers.data.Split
+    cases : sequence of Case, optional
+        Default: `CASES`.
+    tolerance : float
+        Share of the rows that may fail: a row with some columns changed may be unlike any
+        real one in the others.
+
+    Returns
+    -------
+    str
+        What was found.
+
+    Raises
+    ------
+    BehaviourError
+        Names the case and says how often it failed.
+    """
+    used = [
+        case for case in (CASES if cases is None else cases) if _applies(case, case.never, split)
+    ]
+    for case in used:
+        rows = split.X_test.head(MOST_ROWS)
+        rows = case.change(rows if case.among is None else rows[case.among(rows)])
+        wrong = int((model.predict(rows)["prediction"] == case.never).sum())
+        if wrong > tolerance * len(rows):
+            raise BehaviourError(f"{case.description}, but {wrong} of {len(rows)} rows are")
+    return "; ".join(case.description for case in used) or "none is known for this table"
+
+
+def check_directions(model, split, directions=None, tolerance=DIRECTION_TOLERANCE):
+    """Make sure that changes move probabilities the right way, on average.
+
+    Parameters
+    ----------
+    model : mlflow.pyfunc.PyFuncModel
+    split : helpers.data.Split
+    directions : sequence of Direction, optional
+        Default: `DIRECTIONS`.
+    tolerance : float
+        Largest mean change against the direction.
+
+    Returns
+    -------
+    str
+        What was found.
+
+    Raises
+    ------
+    BehaviourError
+        Names the direction and the mean change.
+    """
+    found = []
+    for each in DIRECTIONS if directions is None else directions:
+        if not _applies(each, each.label, split):
+            continue
+        rows = split.X_test.head(MOST_ROWS)
+        changed = each.change(rows)
+        moved = (changed != rows).any(axis=1)
+        if not moved.any():
+            continue
+        before = _probability(model, rows[moved], each.label)
+        change = float((_probability(model, changed[moved], each.label) - before).mean())
+        if change < -tolerance:
+            raise BehaviourError(f"{each.description}, but by {change:+.3f} on average")
+        found.append(f"{each.description} ({change:+.3f})")
+    return "; ".join(found) or "none is known for this table"
+
+
+def _with_code(rows, categorical, code):
+    """Put a code that was never seen into every category that can hold one."""
+    changed = rows.copy()
+    for name in categorical:
+        kind = rows[name].dtype.kind
+        if kind != "b":
+            changed[name] = code if kind in "iuf" else f"never seen {code}"
+    return changed
+
+
+def check_invariances(model, split, tolerance=INVARIANCE_TOLERANCE):
+    """Make sure that what carries no information moves nothing.
+
+    The order of the rows, the order of the columns, and which code a category has that was
+    never seen: an unrelated one must be treated like any other.
+
+    Parameters
+    ----------
+    model : mlflow.pyfunc.PyFuncModel
+    split : helpers.data.Split
+    tolerance : float
+        Largest change of a probability.
+
+    Returns
+    -------
+    str
+        What was found.
+
+    Raises
+    ------
+    BehaviourError
+        Names what moved the answers.
+    """
+    rows = split.X_test.head(MOST_ROWS)
+    names = [f"probability_{label}" for label in split.labels]
+    expected = model.predict(rows)[names]
+    order = np.random.default_rng(0).permutation(len(rows))
+    shuffled = model.predict(rows.iloc[order])[names]
+    one, other = (
+        model.predict(_with_code(rows, split.categorical, code))[names] for code in NEW_CODES
+    )
+    pairs = {
+        "the order of the rows": (shuffled, expected.iloc[order]),
+        "the order of the columns": (model.predict(rows[rows.columns[::-1]])[names], expected),
+        "which unseen code a category has": (one, other),
+    }
+    for title, (given, wanted) in pairs.items():
+        gap = _gap(given, wanted)
+        if not gap <= tolerance:
+            raise BehaviourError(f"{title} changes a probability by {gap:.2g}")
+    return f"{', '.join(pairs)}: no change"
+
+
+def _gap(given: pd.DataFrame, wanted: pd.DataFrame):
+    return float(np.abs(given.to_numpy() - wanted.to_numpy()).max())
