@@ -96,7 +96,7 @@ def test_requirements_name_every_library_that_the_helpers_import():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    packages = {"sklearn": "scikit-learn"}
+    packages = {"sklearn": "scikit-learn", "art": "adversarial-robustness-toolbox"}
     # Keras and joblib come with TensorFlow and scikit-learn, IPython and the clients of
     # notebooks with ipykernel and papermill.
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient", "google"}

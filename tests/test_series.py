@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
-from helpers import registry, run
+from helpers import background, registry, run
 from helpers.data import load_split
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
@@ -122,6 +122,33 @@ def test_run_has_model_and_confusion_matrix_as_artifacts(client, name):
     assert model >= {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "artifacts"}
     pictures = client.list_artifacts(run.info.run_id, "confusion_matrix")
     assert [file.path for file in pictures] == ["confusion_matrix/confusion_matrix.png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_candidate_was_attacked_and_its_reference_kept(client, name):
+    (run,) = find_runs(client, name)
+    assert 0 < run.data.metrics["robustness"] < 1
+    assert run.data.metrics["robustness_rows"] == 30
+    kept = [file.path for file in client.list_artifacts(run.info.run_id, "monitoring")]
+    assert kept == [registry.REFERENCE]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_day_in_production_is_what_was_promoted(client, name):
+    (run,) = find_runs(client, name)
+    version = client.get_model_version(name, "1")
+    assert version.tags["monitoring"].startswith("ok ")
+    experiment = client.get_experiment_by_name("monitoring").experiment_id
+    (day,) = client.search_runs([experiment], f"tags.model = '{name}'")
+    assert day.data.metrics["rows"] == day.data.metrics["labelled"] == 1328
+    for metric in ("accuracy", "f1_macro", "recall_Dropout"):
+        assert day.data.metrics[metric] == pytest.approx(run.data.metrics[metric], abs=1e-6)
+    assert day.data.metrics["alerts"] == day.data.metrics["drifted_columns"] == 0
+
+
+def test_no_server_is_left_after_a_batch_run(sample_run):
+    workspace = open_workspace(sample_run[0])
+    assert background.read_state(workspace.scoring) is None
 
 
 def test_network_logs_its_losses_epoch_by_epoch(client):
@@ -304,6 +331,7 @@ def test_notebook_without_its_input_names_the_one_to_run_first(tmp_path, name, f
     assert 'File "' not in result.stderr.split("MissingStepError")[-1]
 
 
+@pytest.mark.slow
 def test_promotion_without_trained_models_names_both_notebooks(tmp_path):
     place = ("-p", "WORKSPACE", str(tmp_path / "ws"))
     run_notebook("01_data_preparation", tmp_path / "1.ipynb", *place, "-p", "DATA_SOURCE", "sample")
@@ -313,6 +341,7 @@ def test_promotion_without_trained_models_names_both_notebooks(tmp_path):
     assert "03_svm_grid_search" in result.stderr
 
 
+@pytest.mark.slow
 def test_failing_notebook_is_named_with_cell_and_error_and_what_needs_it_is_not_run(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("a,b,Target\n" + "1,2,x\n" * 50, encoding="utf-8")

@@ -126,6 +126,7 @@ def test_taken_port_is_said_and_the_next_free_one_is_used(own_workspace, taken_p
     assert str(number) in shown
 
 
+@pytest.mark.slow
 def test_two_workspaces_that_start_at_once_get_servers_of_their_own(tmp_path):
     both = [open_workspace(tmp_path / name) for name in ("one", "other")]
     try:
