@@ -34,7 +34,8 @@ class DriftRule:
     p_value : float
         Largest adjusted p-value.
     effect : float
-        Smallest Kolmogorov-Smirnov distance (numbers) or Cramér's V (categories), both 0 to 1.
+        Smallest Kolmogorov-Smirnov distance (numbers), Cramér's V (categories) or difference
+        of the shares of missing numbers, each 0 to 1.
     """
 
     p_value: float = 0.001
@@ -115,11 +116,12 @@ def _summary(column, categorical):
     if categorical or column.dtype.kind not in "iuf":
         return {"kind": "levels", "counts": _counts(column)}
     known = column.dropna().astype("float64")
+    rows = {"rows": len(known), "missing": len(column) - len(known)}
     values, counts = np.unique(known, return_counts=True)
     if len(values) <= MOST_VALUES:
-        return {"kind": "values", "values": values.tolist(), "counts": counts.tolist()}
+        return {"kind": "values", **rows, "values": values.tolist(), "counts": counts.tolist()}
     quantiles = np.quantile(known, np.linspace(0, 1, QUANTILES))
-    return {"kind": "quantiles", "values": quantiles.tolist(), "rows": len(known)}
+    return {"kind": "quantiles", **rows, "values": quantiles.tolist()}
 
 
 def _sample(summary):
@@ -154,12 +156,27 @@ def _compare_levels(counts, values):
 
 
 def _compare_numbers(summary, values):
-    """Return p-value and Kolmogorov-Smirnov distance of numbers today against a reference."""
+    """Return test, effect and p-value of numbers today against a reference.
+
+    Numbers that are missing more or less often than before are drift, too; the larger of the
+    two effects counts.
+    """
     sample, known = _sample(summary), values.dropna().astype("float64")
-    if not len(known) or not len(sample):
-        return 1.0, 0.0
-    result = stats.ks_2samp(sample, known, method="asymp")
-    return result.pvalue, result.statistic
+    found = [_compare_gaps(summary, len(known), len(values) - len(known))]
+    if len(known) and len(sample):
+        result = stats.ks_2samp(sample, known, method="asymp")
+        found.append(("Kolmogorov-Smirnov", float(result.statistic), float(result.pvalue)))
+    return max(found, key=lambda each: each[1])
+
+
+def _compare_gaps(summary, n_known, n_missing):
+    """Return test, effect (difference of the shares) and p-value of missing numbers."""
+    before, now = (summary["rows"], summary["missing"]), (n_known, n_missing)
+    counted = np.array([before, now])
+    if not counted.sum(axis=0).all():
+        return "missing values", 0.0, 1.0
+    effect = abs(before[1] / sum(before) - now[1] / sum(now))
+    return "missing values", float(effect), float(stats.chi2_contingency(counted).pvalue)
 
 
 def column_drift(reference, rows, rule=None):
@@ -185,8 +202,7 @@ def column_drift(reference, rows, rule=None):
             p_value, effect = _compare_levels(summary["counts"], rows[name])
             found[name] = ("chi-squared", effect, p_value)
         else:
-            p_value, effect = _compare_numbers(summary, rows[name])
-            found[name] = ("Kolmogorov-Smirnov", effect, p_value)
+            found[name] = _compare_numbers(summary, rows[name])
     table = pd.DataFrame.from_dict(found, orient="index", columns=["test", "effect", "p_value"])
     table["p_value"] = stats.false_discovery_control(table["p_value"])
     table["drifted"] = (table["p_value"] < rule.p_value) & (table["effect"] >= rule.effect)

@@ -21,8 +21,18 @@ def metric_name(text):
     return allowed.strip() or "_"
 
 
-def _class_names(labels):
-    """Return one name per class for its metrics, none that of an average or of another class."""
+def class_names(labels):
+    """Return one name per class for its metrics, none that of an average or of another class.
+
+    Parameters
+    ----------
+    labels : sequence
+
+    Returns
+    -------
+    list of str
+        In the order of `labels`.
+    """
     names = ["micro", "macro"]
     for label in labels:
         name, number = metric_name(label), 1
@@ -52,7 +62,7 @@ def _class_scores(y_true, y_pred, labels):
     return {
         f"{score}_{name}": value
         for score, values in zip(("precision", "recall", "f1"), columns, strict=False)
-        for name, value in zip(_class_names(labels), values, strict=True)
+        for name, value in zip(class_names(labels), values, strict=True)
     }
 
 

@@ -6,6 +6,7 @@ period, and ends with exit code 3 if the newest period of a model in Production 
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -27,7 +28,7 @@ from helpers.drift import (
     make_reference,
     prediction_shift,
 )
-from helpers.evaluation import compute_metrics, metric_name
+from helpers.evaluation import class_names, compute_metrics
 from helpers.serving import ask
 from helpers.workspace import ProjectError, is_interactive, open_workspace
 
@@ -262,7 +263,7 @@ def check_labelled(answers, reference, thresholds=None):
     accuracy, recall, f1, overconfidence = _draws(answers, labels)
     counts = answers["label"].value_counts()
     there = [n for n, label in enumerate(labels) if counts.get(label, 0) >= limits.min_class]
-    at_promotion, names = reference["metrics"], [metric_name(label) for label in labels]
+    at_promotion, names = reference["metrics"], class_names(labels)
     # Name, draws, value at promotion, limit, and 1 where less is worse or -1 where more is.
     compared = [("accuracy", accuracy, at_promotion["accuracy"], limits.accuracy, 1)]
     if there:
@@ -327,9 +328,18 @@ def check_unlabelled(rows, answers, reference, thresholds=None):
 # --- all periods ------------------------------------------------------------------------------
 
 
+def _reference_of(client, name, version):
+    """Return what a version was promoted with, or None if it, or that, is not there any more."""
+    try:
+        return _load_reference(client.get_model_version(name, version).run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 @cache
 def _load_reference(run_id):
-    """Return the reference of a version's run, or None where it has none."""
     try:
         text = mlflow.artifacts.load_text(f"runs:/{run_id}/{registry.REFERENCE}")
     except (MlflowException, OSError):
@@ -362,9 +372,9 @@ def monitor(workspace, period="D", thresholds=None):
         if answers.empty:
             continue
         for version, of_version in answers.groupby("version"):
-            reference = _load_reference(client.get_model_version(name, version).run_id)
+            reference = _reference_of(client, name, version)
             if reference is None:
-                notice(f"{name} version {version} was promoted without a reference.", "warning")
+                notice(f"{name} version {version} has no reference to compare with.", "warning")
                 continue
             references[f"{name} {version}"] = reference["metrics"]
             newest = []
@@ -385,6 +395,10 @@ def monitor(workspace, period="D", thresholds=None):
 
 def _look(rows, answers, reference, limits):
     labelled = answers[answers["label"].notna()]
+    # A file of labels does not tell the text 1 from the number.
+    by_text = {str(label): label for label in reference["labels"]}
+    own = labelled["label"].map(lambda label: by_text.get(str(label), label))
+    labelled = labelled.assign(label=own.astype(object))
     known = labelled["label"].isin(reference["labels"])
     if not known.all():
         other = labelled["label"][~known].iloc[0]
@@ -394,9 +408,8 @@ def _look(rows, answers, reference, limits):
     entry = {"rows": len(rows), "labelled": len(labelled)}
     if tested is not None:
         entry["drifted_columns"] = int(tested["drifted"].sum())
-    for label in reference["labels"]:
-        share = float((answers["prediction"] == label).mean())
-        entry[f"predicted_{metric_name(label)}"] = share
+    for name, label in zip(class_names(reference["labels"]), reference["labels"], strict=True):
+        entry[f"predicted_{name}"] = float((answers["prediction"] == label).mean())
     if len(labelled):
         entry |= measure(labelled, reference["labels"])
         findings = check_labelled(labelled, reference, limits) + findings
@@ -411,7 +424,8 @@ def _log_period(client, entry):
         for name, value in entry.items()
         if name not in (*keys, "start") and value is not None and np.isfinite(value)
     }
-    tags = {**keys, "content": json.dumps(metrics, sort_keys=True)}
+    content = json.dumps(metrics, sort_keys=True).encode()
+    tags = {**keys, "content": hashlib.sha256(content).hexdigest()}
     name = "{model} version {version}, {period}".format(**keys)
     tracking.keep_run(client, EXPERIMENT, name, keys, tags, metrics)
 

@@ -34,6 +34,7 @@ LOAD_ERRORS = (
     MlflowException,
     ImportError,
     OSError,
+    RuntimeError,
     ValueError,
     TypeError,
     AttributeError,

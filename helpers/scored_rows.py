@@ -123,7 +123,12 @@ class Recorder:
                 while not self._queue.empty():
                     batch.append(self._queue.get())
                 open_ = None not in batch
-                self._store(connection, [_packed(*each) for each in batch if each is not None])
+                requests = [_packed(*each) for each in batch if each is not None]
+                try:
+                    self._store(connection, requests)
+                except sqlite3.Error:
+                    # A full disk, for example: answering goes on.
+                    self.dropped += len(requests)
 
     def _store(self, connection, requests):
         with connection:

@@ -11,6 +11,7 @@ References
 import argparse
 import base64
 import binascii
+import csv
 import hmac
 import http
 import io
@@ -89,8 +90,8 @@ def parse(body, content_type, columns):
     body : bytes
     content_type : str
         ``application/json`` or ``text/csv``, with or without parameters.
-    columns : sequence of str
-        The model's columns, for rows that come without names.
+    columns : dict of str to {'number', 'boolean', 'text'}
+        The model's columns, for rows that come without names or types.
 
     Returns
     -------
@@ -103,7 +104,7 @@ def parse(body, content_type, columns):
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "text/csv":
-        return _parse_csv(body)
+        return _parse_csv(body, columns)
     if kind == "application/json":
         return _parse_json(body, columns)
     raise BadRequestError(
@@ -112,7 +113,7 @@ def parse(body, content_type, columns):
     )
 
 
-def _parse_csv(body):
+def _parse_csv(body, columns):
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -120,12 +121,19 @@ def _parse_csv(body):
     header = text.partition("\n")[0]
     separator = ";" if header.count(";") > header.count(",") else ","
     try:
+        # Texts that look like numbers, such as 007, stay as they are.
+        names = next(csv.reader([header], delimiter=separator), [])
+        texts = {name: str for name in names if columns.get(name.strip()) == "text"}
         frame = pd.read_csv(
-            io.StringIO(text), sep=separator, keep_default_na=False, na_values=list(MISSING)
+            io.StringIO(text),
+            sep=separator,
+            keep_default_na=False,
+            na_values=list(MISSING),
+            dtype=texts,
         )
     except pd.errors.EmptyDataError:
         raise BadRequestError("The CSV is empty: send a header and rows.") from None
-    except (ValueError, OverflowError) as error:
+    except (ValueError, OverflowError, csv.Error) as error:
         raise BadRequestError(f"The CSV cannot be read: {str(error)[:200]}") from None
     if not isinstance(frame.index, pd.RangeIndex):
         raise BadRequestError("The CSV has rows with more fields than its header.")

@@ -95,6 +95,15 @@ def test_worse_answers_raise_an_alert_when_labels_arrive(promoted, seed):
     )
 
 
+def test_numbers_that_go_missing_are_drift(promoted):
+    rows, answers = stream(promoted, 0)
+    gone = rows.assign(age=np.where(np.arange(len(rows)) % 3 == 0, np.nan, rows["age"]))
+    for changed in (gone, rows.assign(age=np.nan)):
+        findings, table = check_unlabelled(changed, answers, promoted.reference)
+        assert list(table.index[table["drifted"]]) == ["age"]
+        assert "missing values" in findings[0].message
+
+
 def test_predictions_of_one_class_only_are_a_shift(promoted):
     rows, answers = stream(promoted, 0)
     shifted = answers.assign(prediction="low")
@@ -361,6 +370,20 @@ def test_labels_that_arrive_later_bring_the_period_up_to_date(watched, promoted)
     (run,) = monitoring_runs(watched)
     assert run.data.metrics["labelled"] == 300
     assert "accuracy" in run.data.metrics
+
+
+def test_version_that_was_deleted_is_left_out(watched, promoted, capsys):
+    rows, _ = stream(promoted, 2)
+    watched.score("old", rows, None)
+    client = mlflow.MlflowClient()
+    version = registry.production_version(watched.name).version
+    client.delete_registered_model_alias(watched.name, registry.ALIAS)
+    with pytest.warns(FutureWarning):
+        client.transition_model_version_stage(watched.name, version, "Archived")
+    client.delete_model_version(watched.name, version)
+    report = monitoring.monitor(watched.workspace)
+    assert report.periods.empty
+    assert "has no reference" in capsys.readouterr().out
 
 
 def test_label_that_is_no_class_is_said_and_left_out(watched, promoted, capsys):

@@ -117,6 +117,13 @@ def test_every_form_gets_the_answer_of_the_loaded_model(served, local_models, mo
     assert_same(answer.json()["predictions"], local_models[model].predict(rows))
 
 
+def test_texts_of_a_csv_that_look_like_numbers_stay_texts(loaded_svm):
+    body = b"length,width,age,city,course\n1,2,30,007,33\n"
+    frame = serving_app.parse(body, "text/csv", loaded_svm.columns)
+    assert frame["city"].tolist() == ["007"]
+    assert frame["course"].tolist() == [33]
+
+
 def test_headers_say_which_version_answered(served):
     answer = post(served, json.dumps(as_forms(served.split.X_test.head(1))["inputs"]), SVM)
     version = registry.production_version(SVM)
@@ -177,7 +184,8 @@ BAD = {
     "10 MB of garbage": (os.urandom(10_000_000), "application/json", 400, "not JSON"),
     "10 MB of brackets": (b"[" * 10_000_000, "application/json", 400, "nested"),
     "10 MB of a CSV": (os.urandom(10_000_000), "text/csv", 400, "not UTF-8"),
-    "10 MB of letters": (b"x" * 10_000_000, "text/csv", 400, "missing inputs"),
+    "10 MB of letters": (b"x" * 10_000_000, "text/csv", 400, "cannot be read"),
+    "10 MB of lines": (b"x\n" * 5_000_000, "text/csv", 400, "missing inputs"),
     "empty CSV": (b"", "text/csv", 400, "empty"),
     "CSV of wider rows": (b"length,width\n1,2,3\n", "text/csv", 400, "more fields"),
     "too much": (b"x" * (65 * 2**20), "application/json", 413, "64 MB"),
