@@ -248,6 +248,7 @@ def test_rollback_goes_one_version_back_at_each_call_until_nothing_is_left(name,
     assert len(registry.history(name)) == 5
 
 
+@pytest.mark.slow
 def test_version_promoted_after_a_rollback_is_rolled_back_to_the_one_before(name, shop):
     register_all(name, shop, shop.good)
     for version in (1, 2):

@@ -49,6 +49,7 @@ def test_no_row_of_the_sample_equals_a_real_one(sample, real_data):
     assert not rounded.duplicated(keep=False).loc["sample"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [SVC(C=2, gamma=2**-5), LogisticRegression(max_iter=2000)])
 def test_models_trained_on_the_sample_behave_like_those_on_the_real_table(sample, real_data, model):
     real = data.read_table((real_data / "kaggle_students.csv").read_bytes(), "real")

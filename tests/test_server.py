@@ -150,6 +150,7 @@ def test_state_of_a_server_that_is_gone_is_not_believed(own_workspace):
     assert second.alive
 
 
+@pytest.mark.slow
 def test_server_that_dies_at_start_is_reported_with_its_log(own_workspace):
     own_workspace.tracking_db.write_bytes(b"this is no database " * 100)
     with pytest.raises(ServerError) as caught:
