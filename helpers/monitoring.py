@@ -210,16 +210,12 @@ def measure(answers, labels):
         Those of `helpers.evaluation.compute_metrics`, as far as the classes that are there
         allow, and of `helpers.drift.calibration`.
     """
-    there = [label for label in labels if (answers["label"] == label).any()]
-    metrics = (
-        compute_metrics(answers["label"], answers, labels) if len(there) == len(labels) else {}
-    )
-    right = (answers["label"] == answers["prediction"]).to_numpy()
-    return {
-        "accuracy": float(right.mean()),
-        **metrics,
-        **calibration(answers["label"], answers, labels),
-    }
+    complete = set(answers["label"]) == set(labels)
+    # Labels that came later stand in a column of objects, where numbers are not seen as such.
+    true = np.array(answers["label"].tolist())
+    metrics = compute_metrics(true, answers, labels) if complete else {}
+    accuracy = float((answers["label"] == answers["prediction"]).mean())
+    return {"accuracy": accuracy, **metrics, **calibration(true, answers, labels)}
 
 
 def _draws(answers, labels, seed=0):

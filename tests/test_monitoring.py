@@ -152,6 +152,18 @@ def test_metrics_are_those_of_scikit_learn(promoted):
     assert metrics["overconfidence"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("labels", [[0, 1], [3, 5, 7], ["0", "1"]])
+def test_labels_may_be_numbers_or_texts(labels):
+    random = np.random.default_rng(0)
+    said, true = random.choice(labels, 200), random.choice(labels, 200)
+    answers = pd.DataFrame({"prediction": said, "label": pd.Series(true.tolist(), dtype=object)})
+    for label in labels:
+        answers[f"probability_{label}"] = 1 / len(labels)
+    metrics = monitoring.measure(answers, labels)
+    assert metrics["accuracy"] == pytest.approx((true == said).mean())
+    assert metrics["f1_macro"] == pytest.approx(f1_score(true, said, average="macro"))
+
+
 def test_drift_of_numbers_is_scipys_test_on_the_rows_themselves(promoted):
     rows, _ = stream(promoted, 0, change=longer)
     table = drift.column_drift(promoted.reference, rows)
