@@ -6,6 +6,7 @@ goes on until it is stopped. The MLflow server (`helpers.server`) and the scorin
 (`helpers.serving`) are such processes.
 """
 
+import argparse
 import atexit
 import http.client
 import json
@@ -276,6 +277,53 @@ class Service:
                 notice(f"Port {wanted} is taken; the {self.title} uses port {port} instead.")
             return listener
         raise ServerError(f"No free port between {wanted} and {wanted + 99} for the {self.title}.")
+
+
+def argument_parser(module, description):
+    """Return a parser of what a `Service` starts its process with.
+
+    Parameters
+    ----------
+    module, description : str
+
+    Returns
+    -------
+    argparse.ArgumentParser
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--workspace", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default=HOST)
+    parser.add_argument("--fd", type=int, help="number of a socket that listens there already")
+    return parser
+
+
+def serve(app, options):
+    """Serve an application in this process until it is ended.
+
+    Parameters
+    ----------
+    app : callable
+        ASGI application.
+    options : argparse.Namespace
+        From `argument_parser`.
+    """
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        # Forwarded addresses are read by the application; uvicorn would put them in the place of
+        # this machine's.
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=3,
+    )
+    sockets = None if options.fd is None else [socket.socket(fileno=options.fd)]
+    uvicorn.Server(config).run(sockets=sockets)
 
 
 def _stop(server):

@@ -2,9 +2,8 @@
 
 Three kinds, after Ribeiro et al. [1]_: minimum functionality (a case that nobody may get wrong),
 direction (a change that may move the answer one way only), and invariance (a change that may
-not move it). To add one for the students' table, add a line to `STUDENT_CASES` or
-`STUDENT_DIRECTIONS`; for another table, add tuples of your own to `CASES` and `DIRECTIONS`. What
-names a column or a label that a table does not have is not applied to it.
+not move it). To add one, for the students' table or another, add an entry to `CASES` or
+`DIRECTIONS`. What names a column or a label that a table does not have is not applied to it.
 
 References
 ----------
@@ -42,15 +41,12 @@ class Case:
         Label that may not be predicted.
     columns : tuple of str
         That the table must have.
-    among : callable, optional
-        From rows to those, as bool, that the case is about; default: all.
     """
 
     description: str
     change: object
     never: str
     columns: tuple
-    among: object = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def _units(*parts):
     return tuple(f"{name} ({part})" for name in (FIRST, SECOND) for part in parts)
 
 
-STUDENT_CASES = (
+CASES = (
     Case(
         "every unit approved and fees paid: not Dropout",
         _all_approved,
@@ -111,7 +107,7 @@ STUDENT_CASES = (
         ),
     ),
 )
-STUDENT_DIRECTIONS = (
+DIRECTIONS = (
     Direction(
         "fewer approved units never make Dropout less likely",
         _fewer_approved,
@@ -125,8 +121,6 @@ STUDENT_DIRECTIONS = (
         ("Tuition fees up to date",),
     ),
 )
-CASES = STUDENT_CASES
-DIRECTIONS = STUDENT_DIRECTIONS
 
 
 def _applies(test, label, split):
@@ -164,8 +158,7 @@ def check_cases(model, split, cases=None, tolerance=CASE_TOLERANCE):
         case for case in (CASES if cases is None else cases) if _applies(case, case.never, split)
     ]
     for case in used:
-        rows = split.X_test.head(MOST_ROWS)
-        rows = case.change(rows if case.among is None else rows[case.among(rows)])
+        rows = case.change(split.X_test.head(MOST_ROWS))
         wrong = int((model.predict(rows)["prediction"] == case.never).sum())
         if wrong > tolerance * len(rows):
             raise BehaviourError(f"{case.description}, but {wrong} of {len(rows)} rows are")

@@ -24,7 +24,7 @@ import shutil
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,12 @@ STUDENT_CATEGORICAL = (
 )
 
 MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
+# How pandas reads every CSV of the series, whatever its delimiter.
+CSV_OPTIONS = {
+    "skipinitialspace": True,
+    "keep_default_na": False,
+    "na_values": list(MISSING),
+}
 DELIMITERS = ";\t|,"  # where several fit equally well the first wins: texts have commas in them
 HEAD_BYTES = 1_000_000  # of a file that is read in chunks; tell its encoding and delimiter
 FIRST_LINES = 20  # lines that tell the delimiter
@@ -331,9 +337,7 @@ def _parse(content, target, source):
             names=names,
             index_col=False,
             dtype=str,
-            keep_default_na=False,
-            na_values=list(MISSING),
-            skipinitialspace=True,
+            **CSV_OPTIONS,
         )
     except (pd.errors.ParserError, ValueError) as error:
         reason = str(error).removeprefix("Error tokenizing data. C error: ").strip()
@@ -549,37 +553,37 @@ class CsvChunks:
 
     def __init__(self, source, n_rows, dtype=None):
         self.source = source
-        self._raw = Path(source).open("rb")  # noqa: SIM115 - closed by __exit__
+        with ExitStack() as opened:
+            self._raw = opened.enter_context(Path(source).open("rb"))
+            self._chunks = opened.enter_context(self._open(n_rows, dtype))
+            self._opened = opened.pop_all()
+
+    def _open(self, n_rows, dtype):
+        source = self.source
         packed = self._raw.read(2) == b"\x1f\x8b"
         self._raw.seek(0)
-        self._stream = gzip.GzipFile(fileobj=self._raw) if packed else self._raw
+        stream = gzip.GzipFile(fileobj=self._raw) if packed else self._raw
         try:
-            head = self._stream.read(HEAD_BYTES)
-            self._stream.seek(0)
+            head = stream.read(HEAD_BYTES)
+            stream.seek(0)
             if len(head) == HEAD_BYTES and b"\n" in head:
                 # It may end within a letter.
                 head = head[: head.rindex(b"\n")]
             text = _decode(head, source)
             delimiter = _find_delimiter(text, None, source)
             names = _clean_header(_first_rows(text, delimiter)[0], source)
-            self._chunks = pd.read_csv(
-                io.TextIOWrapper(self._stream, _encoding(head), newline=""),
+            return pd.read_csv(
+                io.TextIOWrapper(stream, _encoding(head), newline=""),
                 sep=delimiter,
                 header=0,
                 names=names,
                 index_col=False,
-                skipinitialspace=True,
-                keep_default_na=False,
-                na_values=list(MISSING),
                 dtype=dtype,
+                **CSV_OPTIONS,
                 chunksize=n_rows,
             )
         except (OSError, EOFError, zlib.error):
-            self._raw.close()
             raise DataError(f"{source} is a broken archive. Fetch it again.") from None
-        except BaseException:
-            self._raw.close()
-            raise
 
     @property
     def position(self):
@@ -590,8 +594,7 @@ class CsvChunks:
         return self
 
     def __exit__(self, *error):
-        self._chunks.close()
-        self._raw.close()
+        self._opened.close()
 
     def __iter__(self):
         return self

@@ -367,7 +367,9 @@ def monitor(workspace, period="D", thresholds=None):
         rows, answers = scored_rows.read_rows(workspace.scored_rows, name)
         if answers.empty:
             continue
-        for version, of_version in answers.groupby("version"):
+        # As numbers: as texts, 10 would stand before 9.
+        for version in sorted(answers["version"].unique(), key=int):
+            of_version = answers[answers["version"] == version]
             reference = _reference_of(client, name, version)
             if reference is None:
                 notice(f"{name} version {version} has no reference to compare with.", "warning")
@@ -380,7 +382,8 @@ def monitor(workspace, period="D", thresholds=None):
                 entry = {"model": name, "version": version, "period": str(when), **entry}
                 entry["start"] = when.start_time.tz_localize("UTC")
                 table.append(entry)
-                drift = {**drift, name: tested} if tested is not None else drift
+                if tested is not None:
+                    drift[name] = tested
                 _log_period(client, entry)
                 _raise_alerts(workspace, entry, newest)
             if in_production is not None and str(in_production.version) == version:

@@ -122,7 +122,7 @@ def _toolbox():
             return (answers[1:] - answers[0])[None, None, :]
 
         def fit(self, x, y, **kwargs):
-            raise NotImplementedError("The model is trained already.")
+            """Do nothing: the model is trained already."""
 
     return SaliencyMapMethod, Changes
 

@@ -9,7 +9,6 @@ process that imports MLflow starts in half the time of the chain that ``mlflow s
 (the command line, then uvicorn).
 """
 
-import argparse
 import base64
 import binascii
 import hashlib
@@ -17,7 +16,6 @@ import hmac
 import logging
 import os
 import secrets
-import socket
 import sys
 import time
 import warnings
@@ -27,7 +25,6 @@ from urllib.parse import quote, urlsplit
 
 import anyio
 import requests
-import uvicorn
 
 from helpers import access, background
 from helpers.activity import SCORING_PATH, ActivityLog, is_look
@@ -541,24 +538,9 @@ def _find_scoring(workspace):
 
 def main(arguments=None):
     """Run the server in this process until it is ended."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.server_app", description=main.__doc__)
-    parser.add_argument("--workspace", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--fd", type=int, help="number of a socket that listens there already")
-    options = parser.parse_args(arguments)
+    options = background.argument_parser("helpers.server_app", main.__doc__).parse_args(arguments)
     warnings.simplefilter("ignore")
-    config = uvicorn.Config(
-        create_app(open_workspace(options.workspace), options.port),
-        host=HOST,
-        port=options.port,
-        log_level="warning",
-        # The gate reads the forwarded address itself; uvicorn would replace this machine's.
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=3,
-    )
-    sockets = None if options.fd is None else [socket.socket(fileno=options.fd)]
-    uvicorn.Server(config).run(sockets=sockets)
+    background.serve(create_app(open_workspace(options.workspace), options.port), options)
     return 0
 
 

@@ -370,7 +370,6 @@ def score_csv(server, model, source, output, keep=(), chunk_rows=CHUNK_ROWS, rec
     source, output = Path(source), Path(output)
     if output.suffix not in (".csv", ".parquet"):
         raise ServingError(f"The output {output} must end in .csv or .parquet.")
-    known = server.models[model]["columns"] if model in server.models else {}
     address = server.address(model)
     if not source.is_file():
         raise DataError(f"{source} does not exist.")
@@ -381,7 +380,8 @@ def score_csv(server, model, source, output, keep=(), chunk_rows=CHUNK_ROWS, rec
     done, total = parts.open(), 0
     if done:
         notice(f"{output.name}: goes on after the {done:,} parts that are finished.")
-    texts = {name: str for name, kind in known.items() if kind == "text"}
+    columns = server.models[model]["columns"]
+    texts = {name: str for name, kind in columns.items() if kind == "text"}
     chunks = CsvChunks(source, chunk_rows, texts)
     with chunks, server.session() as session, _bar(source) as bar:
         for number, chunk in enumerate(chunks):

@@ -8,7 +8,6 @@ References
 .. [1] https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/
 """
 
-import argparse
 import base64
 import binascii
 import csv
@@ -17,7 +16,6 @@ import http
 import io
 import json
 import logging
-import socket
 import sys
 import tempfile
 import threading
@@ -34,7 +32,6 @@ import mlflow
 import numpy as np
 import pandas as pd
 import sklearn
-import uvicorn
 from mlflow.exceptions import MlflowException
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -42,8 +39,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from helpers import access, registry, tracking
-from helpers.data import MISSING
+from helpers import access, background, registry, tracking
+from helpers.data import CSV_OPTIONS
 from helpers.model_interface import convert
 from helpers.scored_rows import Recorder
 from helpers.workspace import open_workspace
@@ -124,13 +121,7 @@ def _parse_csv(body, columns):
         # Texts that look like numbers, such as 007, stay as they are.
         names = next(csv.reader([header], delimiter=separator), [])
         texts = {name: str for name in names if columns.get(name.strip()) == "text"}
-        frame = pd.read_csv(
-            io.StringIO(text),
-            sep=separator,
-            keep_default_na=False,
-            na_values=list(MISSING),
-            dtype=texts,
-        )
+        frame = pd.read_csv(io.StringIO(text), sep=separator, dtype=texts, **CSV_OPTIONS)
     except pd.errors.EmptyDataError:
         raise BadRequestError("The CSV is empty: send a header and rows.") from None
     except (ValueError, OverflowError, csv.Error) as error:
@@ -355,16 +346,18 @@ class Models:
         BadRequestError
             404 for an unknown name, 503 where its production version is not served.
         """
+        # A copy: `refresh` changes the original from another thread.
+        served = dict(self.served)
         if name is None:
-            name = next((each for each in registry.MODELS if each in self.served), None)
-        if name not in self.served:
-            known = ", ".join(self.served) or "none"
+            name = next((each for each in registry.MODELS if each in served), None)
+        if name not in served:
+            known = ", ".join(served) or "none"
             if name is None or name in registry.MODELS:
                 reason = self.refused.get(name, {}).get("reason", "nothing is in Production")
                 message = f"No version of {name or 'any model'} is served: {reason}"
                 raise BadRequestError(message, 503, {"Retry-After": "5"})
             raise BadRequestError(f"There is no model {name!r}. Served: {known}.", 404)
-        return self.served[name]
+        return served[name]
 
 
 # --- the application --------------------------------------------------------------------------
@@ -439,7 +432,7 @@ class Application:
         self._admit(request)
         return _json(
             {
-                "models": [each.describe() for each in self.models.served.values()],
+                "models": [each.describe() for each in dict(self.models.served).values()],
                 "refused": self.models.refused,
                 "not_recorded": self.recorder.dropped if self.recorder else None,
             }
@@ -539,11 +532,7 @@ async def _on_bad_request(request, error):
 
 def main(arguments=None):
     """Run the scoring server in this process until it is ended."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.serving_app", description=main.__doc__)
-    parser.add_argument("--workspace", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--fd", type=int, help="number of a socket that listens there already")
+    parser = background.argument_parser("helpers.serving_app", main.__doc__)
     parser.add_argument("--no-record", action="store_true", help="keep no scored rows")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -563,18 +552,7 @@ def main(arguments=None):
         access.find_secret(access.SCORING_PASSWORD),
         LOCAL_HOSTS if options.host in LOCAL_HOSTS else None,
     )
-    config = uvicorn.Config(
-        application.starlette(),
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        access_log=False,
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
-    sockets = None if options.fd is None else [socket.socket(fileno=options.fd)]
-    uvicorn.Server(config).run(sockets=sockets)
+    background.serve(application.starlette(), options)
     return 0
 
 

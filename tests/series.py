@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,14 @@ RUNS = {
     "model_svm_rbf": ("svc_model", "svm"),
 }
 ONE_PAIR = ("-p", "C_EXPONENTS", "[1]", "-p", "GAMMA_EXPONENTS", "[-5]")
+
+
+def wait_for(condition, seconds=60):
+    """Wait until a condition holds; the limit only keeps a failing test from hanging."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 def clean_environment(**changes):

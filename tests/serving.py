@@ -1,7 +1,6 @@
 """What the tests of serving and monitoring share: models in Production, and servers of them."""
 
 import threading
-import time
 from contextlib import contextmanager
 
 import mlflow
@@ -10,17 +9,10 @@ import uvicorn
 
 from helpers import cnn, registry, svm, tracking
 from helpers.registry import Candidate
+from tests.series import wait_for
 
 QUICK = cnn.Settings(epochs=4, batch_size=32)
 PASSED = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
-
-
-def wait_for(condition, seconds=60):
-    """Wait until a condition holds; the limit only keeps a failing test from hanging."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def log_svm(split, C=1.0):

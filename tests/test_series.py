@@ -480,7 +480,7 @@ def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
     rng = np.random.default_rng(0)
     kinds = rng.choice(["red", "green", "blue"], 600)
     size = rng.normal(size=600)
-    size[rng.random(600) < 0.1] = np.nan
+    size[rng.random(600) < 0.5] = np.nan
     label = np.where(np.nan_to_num(size) + (kinds == "red") > 0.6, "1", "0")
     frame = pd.DataFrame({"colour": kinds, "size": size, "zone": rng.integers(1, 5, 600)})
     frame["id"] = [f"row-{number}" for number in range(600)]
@@ -495,6 +495,8 @@ def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     manifest = json.loads((tmp_path / "ws" / "data" / "manifest.json").read_text())
     assert manifest["categorical"] == ["colour", "zone"]
+    # Rows with gaps in them went through notebook 05's requests, too.
+    assert load_split(open_workspace(tmp_path / "ws")).X_test.head(3)["size"].isna().any()
     with connected(tmp_path / "ws") as client:
         experiment = client.get_experiment_by_name("svc_model").experiment_id
         runs = {

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import mlflow
 import psutil
@@ -14,14 +13,7 @@ import pytest
 from helpers import background, server, tracking
 from helpers.background import ServerError
 from helpers.workspace import PROJECT_ROOT, open_workspace
-
-
-def wait_for(condition, seconds=60):
-    """Wait until a condition holds; the limit only keeps a failing test from hanging."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
+from tests.series import wait_for
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from mlflow.pyfunc.scoring_server.client import ScoringServerClient
 from helpers import background, registry, scored_rows, serving, serving_app, tracking
 from helpers.data import DataError
 from helpers.workspace import PROJECT_ROOT, MissingStepError, open_workspace
-from tests.serving import log_network, log_svm, put_in_production, serve_here, wait_for
+from tests.series import wait_for
+from tests.serving import log_network, log_svm, put_in_production, serve_here
 
 NETWORK, SVM = "model_conv_network", "model_svm_rbf"
 
@@ -520,44 +521,40 @@ def test_packed_file_with_semicolons_and_blanks_in_the_header(served, many, tmp_
     pd.testing.assert_frame_equal(first, second)
 
 
-def test_interrupted_file_goes_on_and_finished_chunks_are_not_asked_again(
-    served, many, tmp_path, monkeypatch, capsys
-):
-    output, asked = tmp_path / "scored.csv", []
-    ask = serving.ask
+@pytest.fixture
+def interrupted(served, many, tmp_path, monkeypatch):
+    """A batch that was interrupted at its fourth chunk; the rows of every request."""
+    asked, ask = [], serving.ask
 
-    def interrupted(server, model, rows, *more):
+    def counted(server, model, rows, *more):
         asked.append(len(rows))
         if len(asked) == 4:
             raise KeyboardInterrupt
         return ask(server, model, rows, *more)
 
-    monkeypatch.setattr(serving, "ask", interrupted)
+    monkeypatch.setattr(serving, "ask", counted)
+    output = tmp_path / "scored.csv"
     with pytest.raises(KeyboardInterrupt):
         serving.score_csv(served.server, SVM, many.path, output, chunk_rows=100, record=False)
     assert not output.exists()
+    return SimpleNamespace(output=output, asked=asked)
+
+
+def test_interrupted_file_goes_on_and_finished_chunks_are_not_asked_again(
+    served, many, interrupted, capsys
+):
+    output = interrupted.output
     assert serving.score_csv(served.server, SVM, many.path, output, chunk_rows=100) == 700
-    assert len(asked) == 4 + 4
+    assert interrupted.asked == [100] * (4 + 4)
     assert "goes on after the 3 parts" in capsys.readouterr().out
     assert pd.read_csv(output)["row"].tolist() == list(range(1, 701))
 
 
-def test_changed_file_does_not_reuse_parts(served, many, tmp_path, monkeypatch):
-    output, asked = tmp_path / "scored.csv", []
-    ask = serving.ask
-
-    def counted(server, model, rows, *more):
-        asked.append(len(rows))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return ask(server, model, rows, *more)
-
-    monkeypatch.setattr(serving, "ask", counted)
-    with pytest.raises(KeyboardInterrupt):
-        serving.score_csv(served.server, SVM, many.path, output, chunk_rows=100, record=False)
+def test_changed_file_does_not_reuse_parts(served, many, interrupted):
     many.rows.head(350).to_csv(many.path, index=False)
+    output = interrupted.output
     assert serving.score_csv(served.server, SVM, many.path, output, chunk_rows=100) == 350
-    assert asked[3:] == [100, 100, 100, 50]
+    assert interrupted.asked[4:] == [100, 100, 100, 50]
 
 
 @pytest.mark.parametrize(
