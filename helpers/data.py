@@ -957,15 +957,28 @@ def _read_parquet(path):
     return frame
 
 
-def _keep_previous(workspace):
-    """Copy a split that is about to be replaced to a folder of its own in ``data/previous``."""
-    manifest_path = workspace.data / "manifest.json"
+def keep_previous(source, data):
+    """Copy a split that is about to be replaced to a folder of its own in ``data/previous``.
+
+    Parameters
+    ----------
+    source : pathlib.Path
+        Folder of the split.
+    data : pathlib.Path
+        The workspace's folder of data.
+
+    Returns
+    -------
+    pathlib.Path or None
+        The folder; None if there is no split.
+    """
+    manifest_path = source / "manifest.json"
     if not manifest_path.is_file():
         return None
     text = manifest_path.read_text(encoding="utf-8")
     digest = json.loads(text)["split_digest"][:16]
     for number in itertools.count(1):
-        folder = workspace.data / "previous" / (digest if number == 1 else f"{digest}-{number}")
+        folder = data / "previous" / (digest if number == 1 else f"{digest}-{number}")
         kept = folder / "manifest.json"
         if not kept.is_file():
             break
@@ -974,9 +987,25 @@ def _keep_previous(workspace):
     folder.mkdir(parents=True, exist_ok=True)
     # The manifest is the last of them: a folder that has one is complete.
     for name in SPLIT_FILES:
-        if (workspace.data / name).is_file():
-            shutil.copy2(workspace.data / name, folder / name)
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder / name)
     return folder
+
+
+def replace_split(source, data):
+    """Move the files of a split from a folder to where the notebooks read them.
+
+    Parameters
+    ----------
+    source : pathlib.Path
+        Folder on the same disk.
+    data : pathlib.Path
+        The workspace's folder of data.
+    """
+    # The manifest goes first and comes back last: without it there is no split to read.
+    (data / "manifest.json").unlink(missing_ok=True)
+    for name in SPLIT_FILES:
+        os.replace(source / name, data / name)
 
 
 def save_split(split, workspace):
@@ -1002,7 +1031,7 @@ def save_split(split, workspace):
     complete = all((folder / name).is_file() for name in SPLIT_FILES)
     if complete and manifest_path.read_text(encoding="utf-8") == text:
         return manifest_path
-    _keep_previous(workspace)
+    keep_previous(folder, folder)
     parts = {
         "table.parquet": split.table,
         "train.parquet": split.X_train.assign(**{target: split.y_train}),
@@ -1014,10 +1043,7 @@ def save_split(split, workspace):
         for name, frame in parts.items():
             _write_parquet(frame, staging / name)
         (staging / "manifest.json").write_text(text, encoding="utf-8")
-        # The manifest goes first and comes back last: without it there is no split to read.
-        manifest_path.unlink(missing_ok=True)
-        for name in SPLIT_FILES:
-            os.replace(staging / name, folder / name)
+        replace_split(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest_path

@@ -26,7 +26,7 @@ from urllib.parse import quote, urlsplit
 import anyio
 import requests
 
-from helpers import access, background
+from helpers import access, background, store
 from helpers.activity import SCORING_PATH, ActivityLog, is_look
 from helpers.workspace import open_workspace
 
@@ -501,6 +501,7 @@ def create_app(workspace, port):
     _configure_mlflow(workspace)
     import mlflow.server as mlflow_server
 
+    store.prepare(workspace.tracking_db)
     store_uri = f"sqlite:///{workspace.tracking_db.as_posix()}"
     os.environ[mlflow_server.BACKEND_STORE_URI_ENV_VAR] = store_uri
     os.environ[mlflow_server.ARTIFACT_ROOT_ENV_VAR] = "mlflow-artifacts:/"

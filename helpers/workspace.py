@@ -285,6 +285,11 @@ class Workspace:
         return self.root / "search"
 
     @property
+    def training(self):
+        """Folder of the checkpoints of trainings that are not finished (notebook 02)."""
+        return self.root / "training"
+
+    @property
     def server(self):
         """Folder of the local MLflow server's log, lock, state and users."""
         return self.root / ".server"

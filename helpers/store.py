@@ -1,0 +1,85 @@
+"""MLflow's database file: made whole or not at all, and brought up to date when MLflow is newer.
+
+MLflow makes and changes its tables in many steps; a machine that vanishes in the middle would
+leave a file that no MLflow opens again. So these steps happen in a file beside it.
+"""
+
+import shutil
+import sqlite3
+from contextlib import closing
+
+from helpers.workspace import ProjectError, atomic_path
+
+
+class StoreError(ProjectError):
+    """The database was made by a newer MLflow than the one installed."""
+
+
+def schema_version(path):
+    """Return the version of a database's tables, or None if it has none.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Returns
+    -------
+    str or None
+    """
+    with closing(sqlite3.connect(path)) as connection:
+        known = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
+        if connection.execute(known).fetchone() is None:
+            return None
+        return connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
+
+
+def prepare(path):
+    """Make the database if it is missing; bring one of an older MLflow up to date.
+
+    The older one is kept beside it, with its version in the name.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Raises
+    ------
+    StoreError
+        If a newer MLflow made it; names the way out.
+    """
+    from mlflow.store.db import utils
+
+    if not path.is_file():
+        with atomic_path(path) as temporary:
+            _change(temporary, utils._initialize_tables)
+        return
+    version = schema_version(path)
+    if version == utils._get_latest_schema_revision():
+        return
+    if version not in _known_versions():
+        raise StoreError(
+            f"{path} was made by a newer version of MLflow than the one installed here. Update "
+            "it (pip install -U mlflow), then start again; nothing was changed."
+        )
+    with atomic_path(path) as temporary:
+        shutil.copy2(path, temporary)
+        _change(temporary, utils._upgrade_db)
+        shutil.copy2(path, path.with_name(f"{path.name}.{version}"))
+
+
+def _known_versions():
+    from alembic.script import ScriptDirectory
+    from mlflow.store.db import utils
+
+    script = ScriptDirectory.from_config(utils._get_alembic_config(""))
+    return {each.revision for each in script.walk_revisions()}
+
+
+def _change(path, action):
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(f"sqlite:///{path.as_posix()}")
+    try:
+        action(engine)
+    finally:
+        engine.dispose()
