@@ -69,8 +69,9 @@ STEPS = {
     "04": Step("04_registry_promotion", ("02", "03")),
     "05": Step("05_serving_and_monitoring", ("04",)),
 }
-# Parameters of who may see the UI: no result depends on them.
+# Parameters of who may see the UI, and where the copy is: no result depends on them.
 UI_PARAMETERS = ("EXPOSE_UI", "UI_USERS", "ALLOW_UI_WITHOUT_PASSWORD")
+NO_RESULT = (*UI_PARAMETERS, "DRIVE_FOLDER")
 
 
 class NotebookFailedError(ProjectError):
@@ -175,7 +176,7 @@ def fingerprints(parameters):
     digests = {}
     for number, step in STEPS.items():
         own = parameters.get(number, {})
-        own = {name: value for name, value in own.items() if name not in UI_PARAMETERS}
+        own = {name: value for name, value in own.items() if name not in NO_RESULT}
         parts = [_source_of_cells(step.path), helpers, json.dumps(own, sort_keys=True)]
         source = str(own.get("DATA_SOURCE", ""))
         if source and Path(source).is_file():
@@ -360,7 +361,7 @@ def _interrupt_kernels():
             continue
 
 
-def run_steps(numbers, parameters, digests, workspace, report):
+def run_steps(numbers, parameters, digests, workspace, report, save):
     """Execute steps, each as soon as those it needs are done.
 
     Parameters
@@ -370,6 +371,8 @@ def run_steps(numbers, parameters, digests, workspace, report):
     digests : dict of str to str
     workspace : helpers.workspace.Workspace
     report : callable
+    save : callable
+        Called after each step that is done.
 
     Returns
     -------
@@ -403,6 +406,7 @@ def run_steps(numbers, parameters, digests, workspace, report):
                     if task.exception() is None:
                         record.set(number, digests[number])
                         done.add(number)
+                        save()
                         report(f"{STEPS[number].name}: done in {seconds:.1f} s")
                     elif isinstance(task.exception(), NotebookFailedError):
                         failures.append(str(task.exception()))
@@ -488,6 +492,9 @@ def _parameters(options):
     if isinstance(source, str) and Path(source).is_file():
         # Notebooks run in the project's folder, not where the command was given.
         parameters["DATA_SOURCE"] = str(Path(source).resolve())
+    folder = check_parameters(DRIVE_FOLDER=parameters.get("DRIVE_FOLDER"))["DRIVE_FOLDER"]
+    if folder and folder != "off" and not folder.startswith("MyDrive/"):
+        parameters["DRIVE_FOLDER"] = str(Path(folder).expanduser().resolve())
     return parameters
 
 
@@ -501,18 +508,30 @@ def _run(options):
     workspace = open_workspace(options.workspace or parameters.pop("WORKSPACE", None))
     every = distribute(parameters, STEPS)
     _separate_kernel_messages(workspace)
+    save = _start_copy(workspace, parameters.get("DRIVE_FOLDER"))
     with_models = not options.only or set(options.only) != {"01"}
     if with_models:
         server.prepare(workspace, keep=False)
     digests = fingerprints(every)
     numbers = select_steps(options.only, options.resume, digests, Record(workspace), report)
     with _exposed_ui(workspace, parameters, report) if with_models else nullcontext():
-        failures = run_steps(numbers, every, digests, workspace, report)
+        failures = run_steps(numbers, every, digests, workspace, report, save)
+    save()
     if with_models:
         print(f"\n{summarize(workspace)}", flush=True)
     for failure in failures:
         print(f"\nFAILED: {failure}", file=sys.stderr, flush=True)
     return 1 if failures else 0
+
+
+def _start_copy(workspace, folder):
+    """Bring the workspace up to its safe copy, where there is one; return how to save it."""
+    if folder is None:
+        return lambda: None
+    # Only here: it takes pandas along.
+    from helpers import safe_copy
+
+    return safe_copy.start(workspace, folder, "helpers.run").save
 
 
 @contextmanager

@@ -8,11 +8,13 @@ import platform
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 import time
 import warnings
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -143,6 +145,16 @@ def open_experiment(name):
     return experiment.experiment_id
 
 
+@cache
+def _accelerator():
+    """Return the name of the machine's GPU, or ``none``; the driver knows it without TensorFlow."""
+    if shutil.which("nvidia-smi") is None:
+        return "none"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip().replace("\n", ", ") or "none"
+
+
 def _process_tags():
     """Return the tags that say which process a run belongs to and what it ran on."""
     return {
@@ -153,6 +165,7 @@ def _process_tags():
         "platform": platform.platform(),
         "cores": str(os.cpu_count()),
         "runtime": "colab" if in_colab() else "local",
+        "accelerator": _accelerator(),
     }
 
 

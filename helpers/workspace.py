@@ -1,19 +1,16 @@
 """Where things live: the workspace folder, the settings, Colab or local.
 
-Every notebook starts here. This module imports no other helper and nothing heavy, so that it
-can also be used to install what the other helpers need.
+Every notebook starts here. This module imports no other helper and nothing heavy, so that
+`helpers.colab` can use it before anything is installed.
 """
 
 import hashlib
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -151,6 +148,12 @@ SETTINGS = {
         str,
         "length of a period of the monitoring: hour, day, week or month",
         choices=("h", "D", "W", "M"),
+    ),
+    "DRIVE_FOLDER": Setting(
+        str,
+        "folder of the safe copy, also `MyDrive/…`; `off`: none (default: Drive, where mounted)",
+        "DRIVE_FOLDER",
+        optional=True,
     ),
     "EXPOSE_UI": Setting(
         str,
@@ -414,55 +417,3 @@ def is_interactive():
     if kernel is None:
         return True
     return bool(kernel.get_parent("shell").get("content", {}).get("allow_stdin", False))
-
-
-def missing_requirements(requirements=PROJECT_ROOT / "requirements.txt"):
-    """List the lines of a requirements file that no installed package satisfies by name.
-
-    Versions are left to pip: a package that is there in any version is kept, so that nothing
-    that Colab ships is replaced.
-
-    Parameters
-    ----------
-    requirements : path-like
-        A requirements file.
-
-    Returns
-    -------
-    list of str
-    """
-    missing = []
-    for line in Path(requirements).read_text(encoding="utf-8").splitlines():
-        requirement = line.split("#")[0].strip()
-        if not requirement:
-            continue
-        name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.append(requirement)
-    return missing
-
-
-def install_missing():
-    """Install what `requirements.txt` names and the machine lacks.
-
-    Returns
-    -------
-    list of str
-        The requirements installed; empty if everything was there.
-
-    Raises
-    ------
-    ProjectError
-        If pip cannot install them.
-    """
-    missing = missing_requirements()
-    if missing:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", *missing]
-        if subprocess.run(command, check=False).returncode:
-            raise ProjectError(
-                f"pip could not install {', '.join(missing)}. Check the network, then run this "
-                "cell again."
-            )
-    return missing
