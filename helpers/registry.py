@@ -9,7 +9,7 @@ import pickle
 import warnings
 import zlib
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import mlflow
@@ -49,6 +49,7 @@ MODELS = {
     "model_conv_network": ("conv_network", "default_logistic", "02_cnn_training"),
     "model_svm_rbf": ("svc_model", "svm", "03_svm_grid_search"),
 }
+SETTLE = 10  # times that stage and alias are compared after a promotion
 FINE = "_fine"  # at the end of the name of a run that refines another
 
 
@@ -192,12 +193,15 @@ class Candidate:
         Training and test rows that the run used.
     robustness : helpers.robustness.Robustness or None
         From `attack_candidates`; None if not measured.
+    measures : tuple of (dict, Rules) or None
+        Baseline and rules that it was checked with; None if not checked yet.
     """
 
     name: str
     run: mlflow.entities.Run
     split: object = field(repr=False)
     robustness: object = field(default=None, repr=False)
+    measures: tuple = field(default=None, repr=False)
 
     @property
     def model_uri(self):
@@ -360,6 +364,11 @@ def find_candidates(split, names=tuple(MODELS)):
             missing.append(f"{notebook} (for {name})")
         else:
             candidates[name] = Candidate(name, run, split)
+            if not tracking.is_own(run):
+                notice(
+                    f"{name}: this workspace has no run on the prepared split; the candidate is "
+                    f"{run.info.run_id}, the newest one of another workspace."
+                )
     if missing:
         raise MissingStepError(
             f"Not trained yet on the prepared data: run notebook {' and '.join(missing)} first."
@@ -591,10 +600,10 @@ def check_candidate(candidate, baseline, rules=None):
         Index ``check``; columns ``passed`` (bool) and ``finding``. After a model that does not
         load the other checks are left out.
     """
-    rows = {}
+    rows, candidate.measures = {}, (baseline, rules or Rules())
     for title, check in CHECKS.items():
         try:
-            rows[title] = (True, check(candidate, baseline, rules or Rules()))
+            rows[title] = (True, check(candidate, *candidate.measures))
         except CheckFailedError as failure:
             rows[title] = (False, str(failure))
             if check is _check_loads:
@@ -783,7 +792,22 @@ def _move_to_production(action, name, to_version, reason, by):
             mlflow.log_metrics(_version_metrics(name, from_version, "from"))
         mlflow.set_tag("stage_set", str(_set_stage(name, to_version)).lower())
         client.set_registered_model_alias(name, ALIAS, to_version)
+        _settle(name)
     return client.get_model_version(name, to_version)
+
+
+def _settle(name):
+    """Let the stage follow the alias, which names one version whoever else promotes meanwhile.
+
+    Two promotions at once may each archive what they found and leave two versions in the stage.
+    Whoever writes last looks once more, and sees what the other one wrote.
+    """
+    client = mlflow.MlflowClient()
+    for _ in range(SETTLE):
+        aliased = _number(client.get_model_version_by_alias(name, ALIAS))
+        staged = {_number(each) for each in _versions(name) if each.current_stage == STAGE}
+        if staged == {aliased} or not _set_stage(name, aliased):
+            return
 
 
 def _version_metrics(name, version, prefix):
@@ -980,7 +1004,7 @@ def promote_candidates(candidates, checks, reason="passed all checks", by=None):
     """
     decisions = {}
     for name, candidate in candidates.items():
-        table = checks.loc[name]
+        table = _still_valid(candidate, checks.loc[name])
         failed = table[~table["passed"]]
         if "loads back and answers" in failed.index:
             decisions[name] = (None, "refused", failed["finding"].iloc[0])
@@ -998,6 +1022,22 @@ def promote_candidates(candidates, checks, reason="passed all checks", by=None):
         decisions, orient="index", columns=["version", "decision", "why"]
     )
     return table.rename_axis("model")
+
+
+def _still_valid(candidate, table):
+    """Return the checks, made anew where another version went into Production since."""
+    checked = candidate.champion and _number(candidate.champion.version)
+    now = _number(production_version(candidate.name))
+    if checked == now or now == _number_of_run(candidate):
+        return table
+    notice(f"{candidate.name}: version {now} went into Production meanwhile; checked again.")
+    return check_candidate(replace(candidate), *candidate.measures)
+
+
+def _number_of_run(candidate):
+    """Return the number of the version that was registered from the candidate's run, or None."""
+    run_id = candidate.run.info.run_id
+    return next((_number(v) for v in _versions(candidate.name) if v.run_id == run_id), None)
 
 
 def require_promoted(decisions):

@@ -45,6 +45,7 @@ OFF = "off"
 
 SPLIT = {f"data/{name}" for name in SPLIT_FILES}
 DATABASES = ("tracking.db", "scored.db")
+FILES = ("series",)
 FOLDERS = ("data", "mlruns", "executed", "batch")
 PROGRESS = ("search", "training")
 KEPT = 10  # snapshots that others were built upon, but that stay for a while
@@ -303,7 +304,7 @@ class SafeCopy:
         }
 
     def _own_files(self):
-        found = {}
+        found = {name: self._root / name for name in FILES if (self._root / name).is_file()}
         for name in FOLDERS:
             for path in sorted((self._root / name).rglob("*")):
                 relative = path.relative_to(self._root)

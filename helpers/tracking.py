@@ -37,8 +37,11 @@ from helpers.workspace import in_colab
 INTERFACE = Path(__file__).with_name("model_interface.py")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 MODEL_FILES = {"classifier": "classifier.joblib", "preprocessor": "preprocessor.joblib"}
+SERIES = "series"  # tag: the workspace that a run belongs to
 TRAINING_ROWS = "training_rows.txt"  # artifact: the hash of each row that a run was trained on
 
+
+_series = None  # of the workspace that this process is connected for
 
 # --- connecting -------------------------------------------------------------------------------
 
@@ -64,7 +67,8 @@ def connect(workspace, keep=None):
     helpers.background.ServerError
         If the server does not answer or does not start.
     """
-    uri = server.connect(workspace, keep)
+    global _series
+    uri, _series = server.connect(workspace, keep), workspace.series
     # As everywhere, an empty variable (a secret that is not set) names no server.
     named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     mlflow.set_tracking_uri(uri)
@@ -166,6 +170,7 @@ def _process_tags():
         "cores": str(os.cpu_count()),
         "runtime": "colab" if in_colab() else "local",
         "accelerator": _accelerator(),
+        **({SERIES: _series} if _series else {}),
     }
 
 
@@ -330,6 +335,8 @@ def close_abandoned_runs():
 def latest_run(experiment, run_name, split_digest=None):
     """Return the newest finished run of a name, or None.
 
+    On a server that several workspaces use, those of this one come first.
+
     Parameters
     ----------
     experiment, run_name : str
@@ -347,10 +354,30 @@ def latest_run(experiment, run_name, split_digest=None):
     query = f"attributes.status = 'FINISHED' and attributes.run_name = '{run_name}'"
     if split_digest:
         query += f" and tags.split_digest = '{split_digest}'"
-    runs = client.search_runs(
-        [found.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]
-    )
-    return runs[0] if runs else None
+    for own in ([f" and tags.{SERIES} = '{_series}'"] if _series else []) + [""]:
+        runs = client.search_runs(
+            [found.experiment_id],
+            query + own,
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
+        )
+        if runs:
+            return runs[0]
+    return None
+
+
+def is_own(run):
+    """Tell whether a run belongs to the workspace that this process is connected for.
+
+    Parameters
+    ----------
+    run : mlflow.entities.Run
+
+    Returns
+    -------
+    bool
+    """
+    return run.data.tags.get(SERIES, _series) == _series
 
 
 # --- logging ----------------------------------------------------------------------------------
@@ -429,7 +456,24 @@ def log_split(split):
             targets=y.name,
             name=f"{Path(split.manifest['source']).stem[:40]}-{context}",
         )
-        mlflow.log_input(dataset, context=context)
+        _log_input(dataset, context)
+
+
+def _log_input(dataset, context):
+    """Log a dataset; again where another series on the same server logged it just then.
+
+    MLflow looks whether the dataset is known and then adds it, in two steps: of two series that
+    do so at once, a database such as PostgreSQL refuses one.
+    """
+    for wait in (0.2, 1.0, 0):
+        try:
+            mlflow.log_input(dataset, context=context)
+        except MlflowException as error:
+            if not wait or "unique" not in str(error).lower():
+                raise
+            time.sleep(wait)
+        else:
+            return
 
 
 def _dataset_source(source):

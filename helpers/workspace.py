@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import tempfile
-from contextlib import contextmanager
+import uuid
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -261,6 +262,17 @@ class Workspace:
     """
 
     root: Path
+
+    @property
+    def series(self):
+        """Name that tells this workspace's runs from others' on a team's server, 32 hex digits.
+
+        Made when it is first asked for; its safe copy takes it to other machines.
+        """
+        path = self.root / "series"
+        with suppress(FileExistsError), path.open("x", encoding="ascii") as file:
+            file.write(uuid.uuid4().hex)
+        return path.read_text(encoding="ascii")
 
     @property
     def data(self):

@@ -1,0 +1,186 @@
+"""A stand-in for Colab: machines with an empty disk that vanish, and a front end with a person.
+
+What is real: the kernel, the packages (those of Colab's runtime, see ``constraints.txt``), the
+notebooks and everything that they start. What is not: the host of ``google.colab``; ``packages``
+holds a package of that name whose Drive is a folder and whose secrets are a file.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.connect import write_connection_file
+
+PYTHON = "3.13"
+HERE = Path(__file__).parent
+MARK = "COLAB_DOUBLE_DISK"  # variable in the environment of all that runs on a machine
+CONSTRAINTS = HERE / "constraints.txt"
+
+
+class ColabMachine:
+    """One machine of Colab: an empty disk, a kernel, a person who runs cells.
+
+    Parameters
+    ----------
+    python : path-like
+        Of the runtime.
+    disk : pathlib.Path
+        Stands for the machine's root; ``/content`` is a folder in it.
+    drive : pathlib.Path
+        The person's Google Drive.
+    secrets : dict of str to str, optional
+    before : sequence of str
+        Words before the command of the kernel, such as those of ``faketime``.
+    """
+
+    def __init__(self, python, disk, drive, secrets=None, before=()):
+        self.content, self._drive = disk / "content", drive
+        self.content.mkdir(parents=True)
+        drive.mkdir(exist_ok=True)
+        profile = disk / "ipython" / "profile_default" / "startup"
+        profile.mkdir(parents=True)
+        # Colab's own kernel has the package imported before the first cell.
+        (profile / "00-colab.py").write_text("import google.colab\n", encoding="utf-8")
+        (disk / "secrets.json").write_text(json.dumps(secrets or {}), encoding="utf-8")
+        kept = {"PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "LD_LIBRARY_PATH"}
+        self._environment = {
+            **{name: value for name, value in os.environ.items() if name in kept},
+            "PYTHONPATH": str(HERE / "packages"),
+            "IPYTHONDIR": str(disk / "ipython"),
+            "COLAB_DOUBLE_DRIVE": str(drive),
+            "COLAB_DOUBLE_SECRETS": str(disk / "secrets.json"),
+            MARK: str(disk),
+        }
+        connection = disk / "kernel.json"
+        write_connection_file(str(connection))
+        self._kernel = subprocess.Popen(
+            [*before, str(python), "-m", "ipykernel_launcher", "-f", str(connection)],
+            cwd=self.content,
+            env=self._environment,
+            stdout=subprocess.DEVNULL,
+            stderr=(disk / "kernel.log").open("wb"),
+        )
+        self._client = BlockingKernelClient()
+        self._client.load_connection_file(str(connection))
+        self._client.start_channels()
+        self._client.wait_for_ready(timeout=60)
+
+    def run(self, code, timeout=300):
+        """Run a cell as the front end does; return what it shows and its error, or None."""
+        shown, errors = [], []
+
+        def look(message):
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                shown.append(content["text"])
+            elif message["msg_type"] in ("display_data", "execute_result"):
+                shown.append(content["data"].get("text/plain", ""))
+            elif message["msg_type"] == "error":
+                errors.append(f"{content['ename']}: {content['evalue']}")
+
+        self._client.execute_interactive(
+            code,
+            allow_stdin=True,
+            output_hook=look,
+            # Asked for a token, the person presses Enter.
+            stdin_hook=lambda _: self._client.input(""),
+            timeout=timeout,
+        )
+        return "".join(shown), (errors[0] if errors else None)
+
+    def step_through(self, notebook, **changes):
+        """Run all cells of a notebook, stopping at an error.
+
+        Parameters
+        ----------
+        notebook : pathlib.Path
+        **changes
+            What the person writes into fields of the first cell and of the parameters' cell.
+
+        Returns
+        -------
+        str
+            What the cells showed.
+
+        Raises
+        ------
+        AssertionError
+            With the cell and its error.
+        """
+        shown = []
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] != "code":
+                continue
+            lines = "".join(cell["source"]).replace("/content", str(self.content)).splitlines()
+            code = "\n".join(
+                f"{name} = {changes[name]!r}" if name in changes else line
+                for line in lines
+                for name in [line.split(" = ")[0]]
+            )
+            text, error = self.run(code)
+            shown.append(text)
+            assert error is None, f"{notebook.name}: {error}\n{code}\n{text}"
+        return "\n".join(shown)
+
+    def vanish(self):
+        """Take the machine away at once, with all that runs on it."""
+        self._client.stop_channels()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self._environment[MARK]:
+                    process.kill()
+        self._kernel.wait(30)
+
+
+def _interpreter():
+    """Return Colab's version of Python where the machine has it, else the one that runs."""
+    # pyenv's own command of this name fails where another version is the current one.
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    for path in [*versions.glob(f"{PYTHON}*/bin/python"), shutil.which(f"python{PYTHON}")]:
+        if path and not subprocess.run([path, "-c", ""], capture_output=True).returncode:
+            return str(path)
+    return sys.executable
+
+
+def make_runtime(folder, requirements):
+    """Make an environment with the packages that Colab's runtime has.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Where; made.
+    requirements : pathlib.Path
+        The project's: of these, what Colab has is installed, in Colab's versions.
+
+    Returns
+    -------
+    pathlib.Path
+        Its interpreter.
+    """
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in read_constraints()}
+    lines = requirements.read_text(encoding="utf-8").splitlines()
+    names = [re.match(r"[\w.-]+", line).group().lower() for line in lines if line[:1] not in "#"]
+    wanted = ["pip", "ipykernel", *(name for name in names if name in pinned)]
+    subprocess.run(["uv", "venv", "-q", "--python", _interpreter(), str(folder)], check=True)
+    interpreter = folder / "bin" / "python"
+    subprocess.run(
+        [
+            *("uv", "pip", "install", "-q", "--python", interpreter, "--compile-bytecode"),
+            *("--constraint", CONSTRAINTS, *wanted),
+        ],
+        check=True,
+    )
+    return interpreter
+
+
+def read_constraints():
+    """Return the packages of Colab's runtime, as lines ``name==version``."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if "==" in line and not line.startswith("#")]
