@@ -515,8 +515,11 @@ def _run(options):
     digests = fingerprints(every)
     numbers = select_steps(options.only, options.resume, digests, Record(workspace), report)
     with _exposed_ui(workspace, parameters, report) if with_models else nullcontext():
-        failures = run_steps(numbers, every, digests, workspace, report, save)
-    save()
+        try:
+            failures = run_steps(numbers, every, digests, workspace, report, save)
+        finally:
+            # After an interrupt, too: what was finished until then, and which runs were not.
+            save()
     if with_models:
         print(f"\n{summarize(workspace)}", flush=True)
     for failure in failures:

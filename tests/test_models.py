@@ -114,6 +114,67 @@ def test_same_seed_gives_the_same_network(small_split):
     assert not other.history.equals(first.history)
 
 
+class _PulledPlugError(Exception):
+    """Stands for a machine that disappears."""
+
+
+def _pull_the_plug(monkeypatch, epoch):
+    """Let a training end, without a goodbye, right after the checkpoint of an epoch."""
+    write = cnn.Checkpoint.on_epoch_end
+
+    def pulled(self, number, logs=None):
+        write(self, number, logs)
+        if number + 1 == epoch:
+            raise _PulledPlugError
+
+    monkeypatch.setattr(cnn.Checkpoint, "on_epoch_end", pulled)
+
+
+@pytest.mark.parametrize("epoch", [1, 5, "last"])
+def test_interrupted_training_goes_on_to_the_same_network(
+    jumpy, noisy_split, tmp_path, monkeypatch, epoch
+):
+    epoch = len(jumpy.history) if epoch == "last" else epoch
+    with monkeypatch.context() as patch:
+        _pull_the_plug(patch, epoch)
+        with pytest.raises(_PulledPlugError):
+            cnn.train(noisy_split, JUMPY, keep=tmp_path)
+    resumed = cnn.train(noisy_split, JUMPY, keep=tmp_path)
+    assert resumed.resumed_from == epoch
+    pd.testing.assert_frame_equal(resumed.history, jumpy.history)
+    pairs = zip(resumed.network.get_weights(), jumpy.network.get_weights(), strict=True)
+    assert all(np.array_equal(one, other) for one, other in pairs)
+    resumed.discard_checkpoint()
+    assert cnn.Checkpoint(tmp_path, noisy_split, JUMPY).read() is None
+
+
+def test_checkpoint_of_another_setting_or_split_is_not_taken(small_split, noisy_split, tmp_path):
+    cnn.train(small_split, QUICK, keep=tmp_path)
+    assert cnn.train(small_split, replace(QUICK, epochs=5), keep=tmp_path).resumed_from == 0
+    assert cnn.train(noisy_split, QUICK, keep=tmp_path).resumed_from == 0
+    assert cnn.train(small_split, QUICK, keep=tmp_path).resumed_from == QUICK.epochs
+
+
+def test_resumed_training_logs_all_epochs_and_where_it_went_on(
+    small_split, tmp_path, tracking_server, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        _pull_the_plug(patch, 2)
+        with pytest.raises(_PulledPlugError), tracking.start_run("conv_network", "cut_off"):
+            cnn.train(small_split, QUICK, keep=tmp_path)
+    with tracking.start_run("conv_network", "goes_on") as run:
+        training = cnn.train(small_split, QUICK, keep=tmp_path)
+        cnn.log_training(training, small_split, QUICK)
+    client = mlflow.MlflowClient()
+    losses = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [each.step for each in losses] == [1, 2, 3, 4]
+    assert [each.value for each in losses] == training.history["loss"].tolist()
+    logged = client.get_run(run.info.run_id).data
+    assert logged.params["resumed_from_epoch"] == "2"
+    assert logged.params["precision"] == "float32"
+    assert logged.tags["accelerator"]
+
+
 def test_weights_of_the_best_epoch_are_put_back(jumpy):
     lowest, last = jumpy.history["val_loss"].min(), jumpy.history["val_loss"].iloc[-1]
     assert jumpy.best_epoch < len(jumpy.history)

@@ -304,7 +304,7 @@ def test_each_notebook_runs_alone_with_papermill_once_its_input_exists(tmp_path)
         "01_data_preparation": ("-p", "DATA_SOURCE", "sample"),
         "02_cnn_training": ("-p", "EPOCHS", "6"),
         "03_svm_grid_search": small,
-        "04_registry_promotion": (),
+        "04_registry_promotion": ("-p", "ATTACKED_ROWS", "5"),
         "05_serving_and_monitoring": (),
     }
     for name, more in arguments.items():
@@ -411,10 +411,12 @@ def test_no_server_at_the_tracking_uri_is_said_before_training(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
-    folder = tmp_path / "ws"
+def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_path):
+    folder, elsewhere = tmp_path / "ws", tmp_path / "elsewhere"
+    arguments = ("--data", "sample", "-p", "ATTACKED_ROWS", "5")
+    arguments += ("-p", "DRIVE_FOLDER", str(tmp_path / "share"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.run", "--workspace", str(folder), "--data", "sample"],
+        [sys.executable, "-m", "helpers.run", "--workspace", str(folder), *arguments],
         cwd=PROJECT_ROOT,
         env=clean_environment(),
         stdout=subprocess.PIPE,
@@ -436,16 +438,20 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
         statuses = {run.info.status for run in client.search_runs(experiments)}
     assert "RUNNING" not in statuses
     assert "KILLED" in statuses
-    result = run_series(folder, "--data", "sample", "--resume")
+    shutil.rmtree(folder)
+    result = run_series(elsewhere, *arguments, "--resume")
+    assert "Restored what was saved at" in result.stdout
     assert "01_data_preparation: skipped, done and unchanged" in result.stdout
     assert "03_svm_grid_search: runs, not finished yet" in result.stdout
     assert result.returncode == 0, result.stderr
-    with connected(folder) as client:
+    with connected(elsewhere) as client:
         metrics = find_runs(client, "model_svm_rbf")[0].data.metrics
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        assert not client.search_runs(experiments, "attributes.status = 'RUNNING'")
     assert 8 <= metrics["search_parts_resumed"] < 60
-    again = run_series(folder, "--data", "sample", "--resume")
+    again = run_series(elsewhere, *arguments, "--resume")
     assert again.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS)
-    changed = run_series(folder, "--data", "sample", "--resume", "-p", "MAX_LOSS", "0.02")
+    changed = run_series(elsewhere, *arguments, "--resume", "-p", "MAX_LOSS", "0.02")
     assert changed.stdout.count("skipped, done and unchanged") == len(NOTEBOOKS) - 2
     assert "04_registry_promotion: runs, its notebook, parameters" in changed.stdout
 
@@ -454,7 +460,7 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on(tmp_path):
 @pytest.mark.parametrize("table", ["kaggle_students.csv", "uci697.csv"])
 def test_series_runs_on_the_real_tables(tmp_path, real_data, table):
     full = table.startswith("kaggle")
-    arguments = () if full else ONE_PAIR
+    arguments = () if full else (*ONE_PAIR, "-p", "ATTACKED_ROWS", "5")
     result = run_series(tmp_path, "--data", str(real_data / table), *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     with connected(tmp_path) as client:
@@ -490,7 +496,7 @@ def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
     result = run_series(
         *(tmp_path / "ws", "--data", str(path), "-p", "TARGET", "label"),
         *("-p", "CATEGORICAL", '["zone"]', "-p", "DROP", "id", "-p", "EPOCHS", "10", *ONE_PAIR),
-        *("-p", "FINE_SEARCH", "True"),
+        *("-p", "FINE_SEARCH", "True", "-p", "ATTACKED_ROWS", "5"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     manifest = json.loads((tmp_path / "ws" / "data" / "manifest.json").read_text())
