@@ -92,7 +92,16 @@ def install_missing():
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "installed.txt"
         constraints.write_text("\n".join(installed_versions()), encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--constraint", constraints]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--constraint",
+            constraints,
+        ]
         done = subprocess.run([*command, *missing], check=False)
     if done.returncode:
         raise ProjectError(

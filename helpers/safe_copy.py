@@ -37,9 +37,8 @@ from filelock import FileLock
 from helpers.data import SPLIT_FILES, keep_previous, replace_split
 from helpers.display import notice
 from helpers.merge import close_runs, merge_scored, merge_tracking
-from helpers.workspace import ProjectError, atomic_path, file_digest, in_colab
+from helpers.workspace import DRIVE, ProjectError, atomic_path, file_digest, in_colab
 
-DRIVE = Path("/content/drive")
 IN_DRIVE = "MyDrive/mlflow_series"  # where the copy is if Drive is there and no folder was named
 OFF = "off"
 
@@ -49,8 +48,9 @@ FILES = ("series",)
 FOLDERS = ("data", "mlruns", "executed", "batch")
 PROGRESS = ("search", "training")
 KEPT = 10  # snapshots that others were built upon, but that stay for a while
-KEPT_FOR = 7 * 24 * 3600  # seconds; a machine that was asleep may still build upon them
+KEPT_FOR = 24 * 3600  # seconds; a machine that was asleep may still build upon them
 HEARTBEAT = 60  # seconds between two signs of life of a machine
+SAVE_EVERY = 300  # seconds after which changes between two steps are saved, such as in the UI
 GONE = 300  # seconds without one after which a machine counts as gone
 MIRROR_EVERY = 2  # seconds between two looks for new parts of a search or a training
 FORMAT = 1
@@ -95,6 +95,9 @@ class Snapshot:
 # --- for the notebooks ------------------------------------------------------------------------
 
 
+_running = {}  # the copy of each workspace that this process keeps
+
+
 def start(workspace, folder, what):
     """Bring the workspace up to the safe copy, and keep the copy from now on.
 
@@ -116,6 +119,9 @@ def start(workspace, folder, what):
     SafeCopyError
         If the folder cannot be written to, or what it holds is damaged.
     """
+    if workspace.root in _running:
+        # The cell was run again.
+        _running.pop(workspace.root).release()
     place = _find_folder(folder)
     if place is None:
         if in_colab() and folder != OFF:
@@ -128,6 +134,7 @@ def start(workspace, folder, what):
     copy = SafeCopy(workspace, place)
     taken = copy.restore()
     copy.hold(what)
+    _running[workspace.root] = copy
     if taken:
         newest = max(snapshot.time for snapshot in taken)
         together = f", put together from {len(taken)} machines" if len(taken) > 1 else ""
@@ -207,29 +214,33 @@ class SafeCopy:
                 f"The folder of the safe copy {self.folder} is not writable ({error.strerror}). "
                 "Is the Drive mounted? Choose another folder with DRIVE_FOLDER."
             ) from None
-        self._lock, self._mirroring = FileLock(self._local / "lock"), threading.Lock()
+        # Keeps other processes away, and other threads of this one.
+        self._lock = FileLock(self._local / "lock")
+        self._mirroring = threading.Lock()
+        self._read = {}
         self._digests, self._mirrored, self._ended = {}, {}, threading.Event()
 
     # --- snapshots --------------------------------------------------------------------------
 
     def snapshots(self):
         """Return all snapshots that are complete, by name, the oldest first."""
-        found = []
-        for path in self._snapshots.glob("*.json"):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, FileNotFoundError):
-                # Renaming makes half a file impossible here, but not on every mounted drive;
-                # and another machine may tidy up meanwhile.
-                continue
-            if content.pop("format") > FORMAT:
-                raise SafeCopyError(
-                    f"The safe copy {self.folder} was made by a newer version of this project. "
-                    "Update this one: run the first cell again on a new machine."
-                )
-            found.append(Snapshot(**content))
-        found.sort(key=lambda each: (each.number, each.name))
-        return {each.name: each for each in found}
+        paths = {path.stem: path for path in self._snapshots.glob("*.json")}
+        for name in paths.keys() - self._read:
+            # Renaming makes half a file impossible here, but not on every mounted drive; and
+            # another machine may tidy up meanwhile.
+            with suppress(ValueError, FileNotFoundError):
+                self._read[name] = self._parse(paths[name].read_text(encoding="utf-8"))
+        found = [each for name, each in self._read.items() if name in paths]
+        return {each.name: each for each in sorted(found, key=lambda each: each.name)}
+
+    def _parse(self, text):
+        content = json.loads(text)
+        if content.pop("format") > FORMAT:
+            raise SafeCopyError(
+                f"The safe copy {self.folder} was made by a newer version of this project. "
+                "Update this one: run the first cell again on a new machine."
+            )
+        return Snapshot(**content)
 
     def _base(self):
         """Return what this workspace was last in step with: snapshots' names, and files."""
@@ -579,7 +590,7 @@ class SafeCopy:
             path.write_text(json.dumps(note), encoding="utf-8")
 
     def _live(self, what):
-        last = time.monotonic()
+        last = saved = time.monotonic()
         while not self._ended.wait(MIRROR_EVERY):
             # A Drive that is away for a moment must not end the notebook's work.
             with suppress(OSError):
@@ -587,6 +598,10 @@ class SafeCopy:
                 if time.monotonic() - last > HEARTBEAT:
                     self.touch(what)
                     last = time.monotonic()
+                if time.monotonic() - saved > SAVE_EVERY:
+                    with self._lock:
+                        self._save()
+                    saved = time.monotonic()
 
     def release(self):
         """Say that this machine does not use the copy any more."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+DRIVE = Path("/content/drive")  # where Colab shows Google Drive
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -357,7 +358,7 @@ def open_workspace(path=None):
     ParameterError
         If `path` is neither a text nor a path.
     WorkspaceError
-        If the folder cannot be made or written to.
+        If the folder cannot be made or written to, or is in Google Drive.
     """
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise ParameterError(
@@ -365,6 +366,12 @@ def open_workspace(path=None):
             "number can be given as './2024'."
         )
     root = Path(path or os.environ.get("WORKSPACE") or "workspace").expanduser().resolve()
+    if in_colab() and root.is_relative_to(DRIVE):
+        raise WorkspaceError(
+            f"The workspace {root} is in Google Drive, where MLflow's database gets damaged. Leave "
+            f"WORKSPACE as it is and write DRIVE_FOLDER = {str(root)!r}: the work is done on this "
+            "machine's disk and saved there after each step."
+        )
     workspace = Workspace(root)
     try:
         for folder in (root, workspace.data, workspace.artifacts, workspace.executed):

@@ -9,8 +9,8 @@ import zipfile
 import pytest
 
 from helpers import colab
-from helpers.workspace import PROJECT_ROOT
-from tests.colab_double import CONSTRAINTS, ColabMachine, make_runtime, read_constraints
+from helpers.workspace import PROJECT_ROOT, WorkspaceError, open_workspace
+from tests.colab_double import CONSTRAINTS, UV, ColabMachine, make_runtime, read_constraints
 
 NOTEBOOKS = {path.name[:2]: path for path in sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))}
 SMALL = {
@@ -33,7 +33,7 @@ def _resolve(tmp_path, python, pins):
     constraints.write_text("\n".join(pins), encoding="utf-8")
     done = subprocess.run(
         [
-            *("uv", "pip", "compile", "--no-header", "--no-annotate", "-q"),
+            *(*UV, "pip", "compile", "--no-header", "--no-annotate", "-q"),
             *("--python-version", python, "--python-platform", "x86_64-manylinux_2_28"),
             *("--constraint", constraints, PROJECT_ROOT / "requirements.txt"),
         ],
@@ -100,7 +100,7 @@ def _project(target, content):
         if name.startswith(("helpers/", "notebooks/0", "requirements")):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(PROJECT_ROOT / name, target / name)
-    place = target / "helpers" / "safe_copy.py"
+    place = target / "helpers" / "workspace.py"
     text = place.read_text(encoding="utf-8")
     assert '"/content/drive"' in text
     place.write_text(text.replace('"/content/drive"', f'"{content}/drive"'), encoding="utf-8")
@@ -182,6 +182,14 @@ def test_install_replaces_nothing_that_is_there(monkeypatch):
     import mlflow
 
     assert f"mlflow=={mlflow.__version__}" in constraints.splitlines()
+
+
+def test_workspace_in_drive_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    monkeypatch.setattr("helpers.workspace.DRIVE", tmp_path / "drive")
+    with pytest.raises(WorkspaceError, match=r"DRIVE_FOLDER = '.*drive/MyDrive/mine'"):
+        open_workspace(tmp_path / "drive" / "MyDrive" / "mine")
+    assert not (tmp_path / "drive").exists()
 
 
 # --- the series -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from helpers import data, safe_copy, scored_rows, server, store, tracking
 from helpers.data import load_split, save_split
 from helpers.safe_copy import SafeCopy, SafeCopyError
 from helpers.workspace import open_workspace
+from tests.series import wait_for
 
 
 class Machine:
@@ -338,6 +339,19 @@ def test_unfinished_parts_are_there_on_the_next_machine_until_they_are_finished(
     third = machine("c")
     assert not (third.workspace.training / "t.npz").exists()
     assert (third.workspace.search / "k" / "0-0.json").exists()
+
+
+def test_change_between_two_steps_is_saved_after_a_while(machine, monkeypatch):
+    monkeypatch.setattr(safe_copy, "SAVE_EVERY", 0.1)
+    monkeypatch.setattr(safe_copy, "MIRROR_EVERY", 0.05)
+    first = machine("a")
+    first.copy.hold("04_registry_promotion")
+    run_id = first.log_run()
+    try:
+        assert wait_for(lambda: any(first.copy.folder.glob("snapshots/*.json")), 20)
+        assert wait_for(lambda: run_id in machine("b").runs(), 20)
+    finally:
+        first.copy.release()
 
 
 def test_other_machine_is_told_of_until_it_is_gone(machine, workspace, tmp_path, capsys):

@@ -19,6 +19,7 @@ from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
 
 PYTHON = "3.13"
+UV = (sys.executable, "-m", "uv")
 HERE = Path(__file__).parent
 MARK = "COLAB_DOUBLE_DISK"  # variable in the environment of all that runs on a machine
 CONSTRAINTS = HERE / "constraints.txt"
@@ -168,11 +169,11 @@ def make_runtime(folder, requirements):
     lines = requirements.read_text(encoding="utf-8").splitlines()
     names = [re.match(r"[\w.-]+", line).group().lower() for line in lines if line[:1] not in "#"]
     wanted = ["pip", "ipykernel", *(name for name in names if name in pinned)]
-    subprocess.run(["uv", "venv", "-q", "--python", _interpreter(), str(folder)], check=True)
+    subprocess.run([*UV, "venv", "-q", "--python", _interpreter(), str(folder)], check=True)
     interpreter = folder / "bin" / "python"
     subprocess.run(
         [
-            *("uv", "pip", "install", "-q", "--python", interpreter, "--compile-bytecode"),
+            *(*UV, "pip", "install", "-q", "--python", interpreter, "--compile-bytecode"),
             *("--constraint", CONSTRAINTS, *wanted),
         ],
         check=True,
