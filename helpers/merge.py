@@ -134,13 +134,22 @@ def _newer(row, other):
     return name is not None and (row[name] or 0) > (other[name] or 0)
 
 
+def _origin(row):
+    """Return what a version was registered from, or None if it was deleted (MLflow blots it)."""
+    deleted = row["current_stage"] == "Deleted_Internal"
+    return None if deleted else (row["run_id"], row["source"])
+
+
 class _Side:
     """Rows of one of the databases, with ids as the own database has them."""
 
-    def __init__(self, connection, side, own=None):
+    def __init__(self, connection, side, own=None, base=None):
         self._connection, self._side = connection, side
+        self._versions = {
+            (row["name"], row["version"]): _origin(row) for row in self.read("model_versions")
+        }
         self.experiments = self._by_name() if own is None else self._map_experiments(own)
-        self.versions = self._by_run() if own is None else self._map_versions(own)
+        self.versions = self._by_run() if own is None else self._map_versions(own, base)
         self.datasets = self._by_digest() if own is None else self._map_datasets(own)
 
     def read(self, table):
@@ -156,8 +165,7 @@ class _Side:
 
     def _by_run(self):
         return {
-            (row["name"], row["run_id"], row["source"]): row["version"]
-            for row in self.read("model_versions")
+            (name, origin): number for (name, number), origin in self._versions.items() if origin
         }
 
     def _by_digest(self):
@@ -178,16 +186,28 @@ class _Side:
             mapped[row["experiment_id"]] = own.experiments[key]
         return mapped
 
-    def _map_versions(self, own):
+    def _map_versions(self, own, base):
         mapped = {}
-        for row in sorted(self.read("model_versions"), key=lambda row: row["version"]):
-            key = (row["name"], row["run_id"], row["source"])
-            taken = {number for (name, *_), number in own.versions.items() if name == row["name"]}
-            if key not in own.versions:
-                free = row["version"]
-                own.versions[key] = free if free not in taken else max(taken) + 1
-            mapped[row["name"], row["version"]] = own.versions[key]
+        for place, origin in sorted(self._versions.items(), key=lambda item: item[0]):
+            name, number = place
+            if (name, origin) in own.versions:
+                mapped[place] = own.versions[name, origin]
+            elif base is None and own.has_deleted(place):
+                mapped[place] = number
+            elif base and place in base.versions and origin in (None, base._versions[place]):
+                # Known to the base, and deleted here or there: the same version.
+                mapped[place] = base.versions[place]
+            else:
+                taken = {each for of, each in own._versions if of == name}
+                taken |= {each for (of, _), each in own.versions.items() if of == name}
+                mapped[place] = number if number not in taken else max(taken) + 1
+                if origin:
+                    own.versions[name, origin] = mapped[place]
         return mapped
+
+    def has_deleted(self, place):
+        """Tell whether the version of this model and number was deleted here."""
+        return place in self._versions and self._versions[place] is None
 
     def _map_datasets(self, own):
         mapped = {}
@@ -217,7 +237,7 @@ class _Merge:
         self._own = _Side(connection, "main")
         # The base first: what both sides had keeps its number.
         self._base = _Side(connection, "base", self._own) if has_base else None
-        self._theirs = _Side(connection, "theirs", self._own)
+        self._theirs = _Side(connection, "theirs", self._own, self._base)
         self._new_runs, self._fought_over = set(), set()
 
     def run(self):

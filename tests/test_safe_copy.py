@@ -205,6 +205,15 @@ def test_what_was_deleted_on_one_machine_does_not_come_back(machine):
     assert back.client.get_registered_model("model_svm_rbf").aliases == {}
     (left,) = back.client.search_model_versions("name = 'model_svm_rbf'")
     assert str(left.version) == "2"
+    # Its number is not given again, as on a machine that was alone.
+    assert back.register(back.log_run()) == "3"
+    back.copy.save()
+    later = other.register(other.log_run())
+    assert later == "3"
+    other.copy.save()
+    both = machine("c")
+    numbers = {str(v.version) for v in both.client.search_model_versions()}
+    assert numbers == {"2", "3", "4"}
 
 
 def test_run_of_a_machine_that_is_gone_is_closed_and_one_that_lives_is_not(machine, monkeypatch):
