@@ -107,7 +107,7 @@ def _project(target, content):
     return target
 
 
-def _first_cell(tmp_path, *, drive=(), **fields):
+def _first_cell(tmp_path, **fields):
     """Run the first cell in a process of its own, where pip has nothing to do."""
     content = tmp_path / "content"
     content.mkdir(exist_ok=True)
@@ -159,6 +159,8 @@ def test_first_cell_says_what_to_write_where_nothing_is_set(tmp_path):
     done = _first_cell(tmp_path)
     assert done.returncode != 0
     assert done.stderr.startswith("Write where the project is into REPO_URL or PROJECT")
+    done = _first_cell(tmp_path, REPO_URL=f"file://{tmp_path}/none.git")
+    assert "git cannot fetch REPO_URL. Check the address" in done.stderr
     done = _first_cell(tmp_path, PROJECT="MyDrive/not there")
     assert "MyDrive/not there. Correct PROJECT" in done.stderr
     with zipfile.ZipFile(tmp_path / "content" / "data.zip", "w") as archive:
@@ -217,7 +219,7 @@ def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path):
         finally:
             machine.vanish()
         assert "Mounted at" in shown[day]
-        assert f"{drive.name}" and "Saved to" in shown[day]
+        assert "Saved to" in shown[day]
     after = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.split()
     assert set(before) <= set(after)
     assert "Installed: mlflow" in shown[0]

@@ -828,6 +828,7 @@ WRONG = {
     "MAX_LOSS": [-0.1, 1.1, "0", None, NAN],
     "ALLOW_REPLACE": ["yes", 1, None],
     "MIN_ROBUSTNESS": [-0.1, 1.1, "0", None, NAN],
+    "DRIVE_FOLDER": [1, ["MyDrive"], True],
     "ATTACKED_ROWS": [-1, 0.5, "30", None],
     "REASON": [None, 5],
     "PROMOTED_BY": [5, ["me"]],
