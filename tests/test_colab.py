@@ -45,6 +45,7 @@ def _resolve(tmp_path, python, pins):
     return _names(line for line in done.stdout.splitlines() if "==" in line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("python", "pins"),
     [

@@ -401,6 +401,7 @@ def test_other_estimators_and_parameters_are_refused(estimator, grid, reason):
         KernelGridSearch(estimator, grid).fit(*make_data())
 
 
+@pytest.mark.slow
 def test_scikit_learns_own_checks_of_estimators():
     names = {"C": [0.5, 2.0], "gamma": [0.1, 1.0]}
     with warnings.catch_warnings():

@@ -429,6 +429,7 @@ def test_promoting_the_version_with_the_alias_returns_it_with_its_stage(name, sh
     assert registry.promote(name, 1, "adopted").current_stage == "Production"
 
 
+@pytest.mark.slow
 def test_database_without_a_server_promotes_and_rolls_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path}/store.db"
@@ -542,6 +543,7 @@ def test_candidate_whose_files_are_destroyed_is_refused_and_not_registered(
     assert stages(name) == {}
 
 
+@pytest.mark.slow
 def test_production_that_no_longer_loads_is_replaced(name, shop, tracking_server, capsys):
     lost = log_run(shop.split, shop.classifier)
     try_to_promote(name, shop, lost)

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import sqlite3
 import time
 import zipfile
@@ -18,6 +19,13 @@ from helpers.workspace import open_workspace
 from tests.series import wait_for
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _template(tmp_path_factory):
+    """Make MLflow's tables once; to make them takes a second."""
+    Machine.template = tmp_path_factory.mktemp("template") / "tracking.db"
+    store.prepare(Machine.template)
+
+
 class Machine:
     """A machine with a disk of its own; MLflow writes to its file without a server."""
 
@@ -25,7 +33,8 @@ class Machine:
         self.workspace = open_workspace(disk)
         self.copy = SafeCopy(self.workspace, folder)
         self.taken = self.copy.restore()
-        store.prepare(self.workspace.tracking_db)
+        if not self.workspace.tracking_db.exists():
+            shutil.copyfile(self.template, self.workspace.tracking_db)
         self.client = mlflow.MlflowClient(f"sqlite:///{self.workspace.tracking_db}")
 
     def log_run(self, experiment="conv_network", name="default_logistic", finished=True, **params):
@@ -255,19 +264,18 @@ def test_split_of_the_machine_that_made_a_new_one_wins_and_the_other_is_kept(
     assert [each["split_digest"] for each in kept] == [small_split.manifest["split_digest"]]
 
 
-def test_split_made_on_both_machines_is_the_later_one(machine, small_csv):
+def test_split_made_on_both_machines_is_the_later_one(machine, small_csv, tmp_path):
     splits = []
     for name, seed in (("a", 1), ("b", 2)):
-        one = Machine(machine("x").workspace.root.parent / name, machine("x").copy.folder / name)
+        one = machine(name, tmp_path / "apart" / name)
         table = data.load_table(str(small_csv()), one.workspace, categorical=["course"])
         splits.append((one, data.split_table(table, seed=seed)))
-    common = splits[0][0].copy.folder.parent / "common"
     for one, split in splits:
-        one.copy = SafeCopy(one.workspace, common)
+        one.copy = SafeCopy(one.workspace, tmp_path / "common")
         save_split(split, one.workspace)
         one.copy.save()
         time.sleep(0.01)
-    third = Machine(common.parent / "c", common)
+    third = machine("c", tmp_path / "common")
     assert load_split(third.workspace).manifest["seed"] == 2
     kept = next((third.workspace.data / "previous").glob("*/manifest.json"))
     assert json.loads(kept.read_text())["seed"] == 1
@@ -313,6 +321,7 @@ def test_folder_that_cannot_be_used_is_named(workspace, tmp_path):
         SafeCopy(workspace, workspace.root / "copy")
 
 
+@pytest.mark.slow
 def test_old_snapshots_go_and_what_newer_ones_need_stays(machine, tmp_path, monkeypatch):
     first = machine("a")
     first.log_run()
@@ -377,6 +386,7 @@ def test_other_machine_is_told_of_until_it_is_gone(machine, workspace, tmp_path,
     assert "another machine" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_machine_catches_up_while_its_server_runs(tracking_server, tmp_path):
     here = tracking_server.workspace
     copy = SafeCopy(here, tmp_path / "drive")
@@ -417,7 +427,7 @@ def test_nothing_that_was_saved_is_lost_in_fifty_kills(tmp_path):
         disk = tmp_path / f"disk{number if number % 3 else number // 2}"
         worker = context.Process(target=_work, args=(disk, folder, ledger))
         worker.start()
-        time.sleep(random.uniform(0.05, 2.0))
+        time.sleep(random.uniform(0.05, 1.5))
         worker.kill()
         worker.join()
         fresh = open_workspace(tmp_path / f"fresh{number}")
