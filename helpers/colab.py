@@ -11,8 +11,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from helpers.workspace import PROJECT_ROOT, ParameterError, ProjectError
 
@@ -65,9 +69,18 @@ def installed_versions():
     Returns
     -------
     list of str
+        Without packages of the system whose versions pip cannot read.
     """
-    found = {each.name: each.version for each in metadata.distributions() if each.name}
-    return [f"{name}=={version}" for name, version in sorted(found.items())]
+    found = {}
+    for each in metadata.distributions():
+        # Of two of one name, Python imports the first.
+        if each.name:
+            found.setdefault(canonicalize_name(each.name), each.version)
+    pins = []
+    for name, version in sorted(found.items()):
+        with suppress(InvalidVersion):
+            pins.append(f"{name}=={Version(version)}")
+    return pins
 
 
 def install_missing():

@@ -39,7 +39,6 @@ from helpers.display import notice
 from helpers.merge import close_runs, merge_scored, merge_tracking
 from helpers.workspace import DRIVE, ProjectError, atomic_path, file_digest, in_colab
 
-IN_DRIVE = "MyDrive/mlflow_series"  # where the copy is if Drive is there and no folder was named
 OFF = "off"
 
 SPLIT = {f"data/{name}" for name in SPLIT_FILES}
@@ -105,8 +104,8 @@ def start(workspace, folder, what):
     ----------
     workspace : helpers.workspace.Workspace
     folder : str or None
-        Where the copy is. None: in Colab, where Drive is mounted, `IN_DRIVE`; else there is no
-        copy. ``off``: no copy. What begins with ``MyDrive/`` is in Google Drive.
+        Where the copy is; None or ``off``: there is none. In Colab, what begins with
+        ``MyDrive/`` is in Google Drive.
     what : str
         Who uses it, such as the notebook's name; other machines are told.
 
@@ -124,12 +123,8 @@ def start(workspace, folder, what):
         _running.pop(workspace.root).release()
     place = _find_folder(folder)
     if place is None:
-        if in_colab() and folder != OFF:
-            notice(
-                "Nothing is kept when this machine goes. Switch on USE_DRIVE in the first cell "
-                "and run it again, or name a folder in DRIVE_FOLDER.",
-                "warning",
-            )
+        if in_colab():
+            print("There is no safe copy: nothing is kept when this machine goes (USE_DRIVE).")
         return NoCopy()
     copy = SafeCopy(workspace, place)
     taken = copy.restore()
@@ -145,16 +140,12 @@ def start(workspace, folder, what):
 
 
 def _find_folder(folder):
-    if folder == OFF:
+    if not folder or folder == OFF:
         return None
-    if folder:
-        if in_colab() and Path(folder).parts[0] == "MyDrive":
-            _mount_drive()
-            return DRIVE / folder
-        return Path(folder).expanduser().resolve()
-    if in_colab() and (DRIVE / "MyDrive").is_dir():
-        return DRIVE / IN_DRIVE
-    return None
+    if in_colab() and Path(folder).parts[0] == "MyDrive":
+        _mount_drive()
+        return DRIVE / folder
+    return Path(folder).expanduser().resolve()
 
 
 def _mount_drive():

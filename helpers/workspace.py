@@ -153,7 +153,7 @@ SETTINGS = {
     ),
     "DRIVE_FOLDER": Setting(
         str,
-        "folder of the safe copy, also `MyDrive/…`; `off`: none (default: Drive, where mounted)",
+        "folder of the safe copy, also `MyDrive/…`; `off`: none (default in Colab: by USE_DRIVE)",
         "DRIVE_FOLDER",
         optional=True,
     ),

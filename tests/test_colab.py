@@ -187,6 +187,19 @@ def test_install_replaces_nothing_that_is_there(monkeypatch):
     assert f"mlflow=={mlflow.__version__}" in constraints.splitlines()
 
 
+def test_pins_are_those_of_what_python_imports(tmp_path, monkeypatch):
+    for place, name, version in (
+        ("first", "twice", "2.0"),
+        ("second", "twice", "1.0"),
+        ("second", "of_the_system", "0.23ubuntu1"),
+    ):
+        folder = tmp_path / place / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second")])
+    assert colab.installed_versions() == ["twice==2.0"]
+
+
 def test_workspace_in_drive_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "google.colab", sys)
     monkeypatch.setattr("helpers.workspace.DRIVE", tmp_path / "drive")
@@ -238,7 +251,7 @@ def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path):
             "from helpers import registry, safe_copy, tracking\n"
             "from helpers.workspace import open_workspace\n"
             "ws = open_workspace()\n"
-            f"copy = safe_copy.start(ws, {str(drive / 'mlflow_series')!r}, 'look')\n"
+            "copy = safe_copy.start(ws, 'MyDrive/mlflow_series', 'look')\n"
             "tracking.connect(ws)\n"
             "print(registry.models_table()[['stage']])\n"
             "print(registry.history()[['model', 'to_version', 'result']])\n"

@@ -84,7 +84,7 @@ def test_requirements_name_every_library_that_the_helpers_import():
     # Keras and joblib come with TensorFlow and scikit-learn, IPython and the clients of
     # notebooks with ipykernel and papermill, the database's tools with MLflow.
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient", "google"}
-    brought |= {"alembic", "sqlalchemy"}
+    brought |= {"alembic", "sqlalchemy", "packaging"}
     optional = {"distributed"}
     foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought - optional
     assert {packages.get(name, name) for name in foreign} <= named
