@@ -385,6 +385,8 @@ class SafeCopy:
                 # One snapshot alone is what the workspace holds; several, no snapshot is.
                 alone = len(names) == 1 and not self._base()["names"]
                 self._set_base(names, snapshot.digests if alone else {})
+            if (self._root / "tracking.db").is_file():
+                close_runs(self._root / "tracking.db", self._alive())
             self._fetch_progress()
             return taken
 
@@ -449,8 +451,6 @@ class SafeCopy:
                 numbers = merge_tracking(own, other, base if base.is_file() else None)
             else:
                 merge_scored(own, other, numbers)
-        if (self._root / "tracking.db").is_file():
-            close_runs(self._root / "tracking.db", self._alive())
 
     def _take_files(self, snapshot, was, changed, theirs):
         for path in changed:
@@ -584,7 +584,7 @@ class SafeCopy:
         last = saved = time.monotonic()
         while not self._ended.wait(MIRROR_EVERY):
             # A Drive that is away for a moment must not end the notebook's work.
-            with suppress(OSError):
+            with suppress(OSError, sqlite3.Error, SafeCopyError):
                 self.mirror()
                 if time.monotonic() - last > HEARTBEAT:
                     self.touch(what)

@@ -25,7 +25,7 @@ from tests.series import (
 
 pytestmark = pytest.mark.slow
 
-QUICK = (*ONE_PAIR, "-p", "EPOCHS", "8")
+QUICK = (*ONE_PAIR, "-p", "EPOCHS", "8", "-p", "ATTACKED_ROWS", "5")
 EXPOSING = ("02_cnn_training", "03_svm_grid_search", "04_registry_promotion")
 EXPOSING += ("05_serving_and_monitoring",)
 
