@@ -18,7 +18,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from helpers.workspace import PROJECT_ROOT, ParameterError, ProjectError
+from helpers.workspace import PROJECT_ROOT, ProjectError
 
 # The one setting: where the project is on GitHub, as "owner/name", and the branch to open.
 # After a change: python -m helpers.colab
@@ -223,7 +223,8 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args(arguments)
     if REPOSITORY and not re.fullmatch(r"[\w.-]+/[\w.-]+", REPOSITORY):
-        raise ParameterError(f"REPOSITORY must be 'owner/name', not {REPOSITORY!r}.")
+        print(f"REPOSITORY must be 'owner/name', not {REPOSITORY!r}.", file=sys.stderr)
+        return 1
     stale = []
     for path in [*_notebooks(), *(PROJECT_ROOT / name for name in READMES)]:
         text = path.read_text(encoding="utf-8")

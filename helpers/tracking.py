@@ -272,7 +272,7 @@ def log_child_runs(run, children, manifest):
 
 
 def keep_run(client, experiment, run_name, keys, tags, metrics):
-    """Keep one finished run per set of keys; write only if its tags changed.
+    """Keep one finished run per set of keys and workspace; write only if its tags changed.
 
     Parameters
     ----------
@@ -290,6 +290,9 @@ def keep_run(client, experiment, run_name, keys, tags, metrics):
         Id of the run.
     """
     experiment_id = open_experiment(experiment)
+    if _series:
+        # On a team's server another workspace has rows of its own to judge by.
+        keys, tags = {**keys, SERIES: _series}, {**tags, SERIES: _series}
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in keys.items())
     found = client.search_runs([experiment_id], query, max_results=1)
     if found and tags.items() <= found[0].data.tags.items():

@@ -20,6 +20,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds (deselect: not slow)")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Count what needs a run of the whole series among the slow tests."""
+    for item in items:
+        if "sample_run" in item.fixturenames:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_team_server():
     """Keep the session's fixtures away from a server that the environment names."""

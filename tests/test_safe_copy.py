@@ -35,7 +35,9 @@ class Machine:
         self.taken = self.copy.restore()
         if not self.workspace.tracking_db.exists():
             shutil.copyfile(self.template, self.workspace.tracking_db)
-        self.client = mlflow.MlflowClient(f"sqlite:///{self.workspace.tracking_db}")
+        uri = f"sqlite:///{self.workspace.tracking_db}"
+        # Both: other tests leave the registry of their server as the default.
+        self.client = mlflow.MlflowClient(uri, uri)
 
     def log_run(self, experiment="conv_network", name="default_logistic", finished=True, **params):
         found = self.client.get_experiment_by_name(experiment)

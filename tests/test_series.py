@@ -378,9 +378,12 @@ def test_step_that_ran_alone_leaves_what_needs_it_undone(workspace, monkeypatch)
     monkeypatch.setattr(run, "execute", lambda *arguments: None)
     record, digests, lines = run.Record(workspace), dict.fromkeys(run.STEPS, "same"), []
     parameters = dict.fromkeys(run.STEPS, {})
-    assert run.run_steps(list(run.STEPS), parameters, digests, workspace, lines.append) == []
+    rest, saved = (parameters, digests, workspace, lines.append), []
+    assert run.run_steps(list(run.STEPS), *rest, lambda: saved.append(record.read())) == []
+    # Saved after each step, with the step noted as done.
+    assert [len([1 for each in state.values() if each]) for state in saved] == [1, 2, 3, 4, 5]
     assert run.select_steps(None, True, digests, record, lines.append) == []
-    run.run_steps(["02"], parameters, digests, workspace, lines.append)
+    run.run_steps(["02"], *rest, lambda: None)
     assert run.select_steps(None, True, digests, record, lines.append) == ["04", "05"]
 
 

@@ -141,13 +141,13 @@ class ColabMachine:
 
 
 def _interpreter():
-    """Return Colab's version of Python where the machine has it, else the one that runs."""
+    """Return Colab's version of Python where the machine has it, else what uv has to fetch."""
     # pyenv's own command of this name fails where another version is the current one.
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     for path in [*versions.glob(f"{PYTHON}*/bin/python"), shutil.which(f"python{PYTHON}")]:
         if path and not subprocess.run([path, "-c", ""], capture_output=True).returncode:
             return str(path)
-    return sys.executable
+    return PYTHON
 
 
 def make_runtime(folder, requirements):
