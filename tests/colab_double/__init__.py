@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -17,6 +18,8 @@ from pathlib import Path
 import psutil
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.connect import write_connection_file
+
+from tests.series import wait_for
 
 PYTHON = "3.13"
 UV = (sys.executable, "-m", "uv")
@@ -61,6 +64,10 @@ class ColabMachine:
         }
         connection = disk / "kernel.json"
         write_connection_file(str(connection))
+        # Now, as the kernel takes the file away for a moment when it writes it anew.
+        self._client = BlockingKernelClient()
+        self._client.load_connection_file(str(connection))
+        port = json.loads(connection.read_text(encoding="utf-8"))["hb_port"]
         self._kernel = subprocess.Popen(
             [*before, str(python), "-m", "ipykernel_launcher", "-f", str(connection)],
             cwd=self.content,
@@ -68,8 +75,8 @@ class ColabMachine:
             stdout=subprocess.DEVNULL,
             stderr=(disk / "kernel.log").open("wb"),
         )
-        self._client = BlockingKernelClient()
-        self._client.load_connection_file(str(connection))
+        # The client takes a kernel that does not answer within a second for dead.
+        assert wait_for(lambda: _listens(port)), (disk / "kernel.log").read_text()
         self._client.start_channels()
         self._client.wait_for_ready(timeout=60)
 
@@ -138,6 +145,11 @@ class ColabMachine:
                 if process.environ().get(MARK) == self._environment[MARK]:
                     process.kill()
         self._kernel.wait(30)
+
+
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _interpreter():
