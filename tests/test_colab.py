@@ -1,6 +1,7 @@
 """Colab: every notebook on a machine of its own that vanishes, with Drive in common."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -239,7 +240,8 @@ def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path):
     assert "Installed: mlflow" in shown[0]
     assert "Installed: nothing" in shown[1]
     assert "Restored what was saved at" in shown[1]
-    assert "https://5000-colab.example/" in shown[1]
+    # 5000, or the next port where something else has that one.
+    assert re.search(r"https://50\d\d-colab\.example/", shown[1])
     assert "Every candidate passed and is in Production." in shown[3]
     assert "already" in shown[5]
     # What the person sees at the end on a new machine, by hand.
