@@ -11,16 +11,22 @@ References
    of NLP Models with CheckList*. ACL. doi:10.18653/v1/2020.acl-main.442
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from mlflow.pyfunc import PyFuncModel
+
+from helpers.data import Split
 
 FIRST, SECOND = "Curricular units 1st sem", "Curricular units 2nd sem"
 MOST_ROWS = 400  # test rows that a behaviour is tried on
 CASE_TOLERANCE = 0.02  # share of the changed rows of a case that may fail
 DIRECTION_TOLERANCE = 0.01  # mean change of a probability against the direction
 INVARIANCE_TOLERANCE = 1e-5  # change of a probability where nothing may change
+NO_CONDITION = "no condition: "  # in front of the finding of a check that could not fail
+NONE_KNOWN = f"{NO_CONDITION}none is known for this table"
 NEW_CODES = (10_001, 20_002)  # two codes that no table has
 
 
@@ -30,43 +36,24 @@ class BehaviourError(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """Minimum functionality: rows changed so that a label is out of the question.
+    """Rows changed in a way whose effect on a label is known.
 
     Attributes
     ----------
     description : str
     change : callable
         From rows to changed rows; a pandas.DataFrame each.
-    never : str
-        Label that may not be predicted.
-    columns : tuple of str
-        That the table must have.
-    """
-
-    description: str
-    change: object
-    never: str
-    columns: tuple
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A change after which a label's probability must not fall, on average.
-
-    Attributes
-    ----------
-    description : str
-    change : callable
-        From rows to changed rows.
     label : str
+        In `CASES` it may not be predicted for the changed rows; in `DIRECTIONS` its
+        probability must not fall, on average.
     columns : tuple of str
         That the table must have.
     """
 
     description: str
-    change: object
+    change: Callable[[pd.DataFrame], pd.DataFrame]
     label: str
-    columns: tuple
+    columns: tuple[str, ...]
 
 
 def _all_approved(rows):
@@ -108,13 +95,13 @@ CASES = (
     ),
 )
 DIRECTIONS = (
-    Direction(
+    Case(
         "fewer approved units never make Dropout less likely",
         _fewer_approved,
         "Dropout",
         _units("approved"),
     ),
-    Direction(
+    Case(
         "unpaid fees never make Dropout less likely",
         _fees_not_paid,
         "Dropout",
@@ -123,26 +110,15 @@ DIRECTIONS = (
 )
 
 
-def _applies(test, label, split):
-    return set(test.columns) <= set(split.X_test.columns) and label in split.labels
+def _applying(cases, split):
+    columns = set(split.X_test.columns)
+    return [each for each in cases if set(each.columns) <= columns and each.label in split.labels]
 
 
-def _probability(model, rows, label):
-    return model.predict(rows)[f"probability_{label}"].to_numpy()
+def check_cases(model: PyFuncModel, split: Split) -> str:
+    """Make sure that none of `CASES` gets the label that is out of the question.
 
-
-def check_cases(model, split, cases=None, tolerance=CASE_TOLERANCE):
-    """Make sure that no case gets the label that is out of the question.
-
-    Parameters
-    ----------
-    model : mlflow.pyfunc.PyFuncModel
-    split : helpers.data.Split
-    cases : sequence of Case, optional
-        Default: `CASES`.
-    tolerance : float
-        Share of the rows that may fail: a row with some columns changed may be unlike any
-        real one in the others.
+    Some rows may fail: one with a few columns changed may be unlike any real one in the others.
 
     Returns
     -------
@@ -154,28 +130,17 @@ def check_cases(model, split, cases=None, tolerance=CASE_TOLERANCE):
     BehaviourError
         Names the case and says how often it failed.
     """
-    used = [
-        case for case in (CASES if cases is None else cases) if _applies(case, case.never, split)
-    ]
+    used = _applying(CASES, split)
     for case in used:
         rows = case.change(split.X_test.head(MOST_ROWS))
-        wrong = int((model.predict(rows)["prediction"] == case.never).sum())
-        if wrong > tolerance * len(rows):
+        wrong = int((model.predict(rows)["prediction"] == case.label).sum())
+        if wrong > CASE_TOLERANCE * len(rows):
             raise BehaviourError(f"{case.description}, but {wrong} of {len(rows)} rows are")
-    return "; ".join(case.description for case in used) or "none is known for this table"
+    return "; ".join(case.description for case in used) or NONE_KNOWN
 
 
-def check_directions(model, split, directions=None, tolerance=DIRECTION_TOLERANCE):
-    """Make sure that changes move probabilities the right way, on average.
-
-    Parameters
-    ----------
-    model : mlflow.pyfunc.PyFuncModel
-    split : helpers.data.Split
-    directions : sequence of Direction, optional
-        Default: `DIRECTIONS`.
-    tolerance : float
-        Largest mean change against the direction.
+def check_directions(model: PyFuncModel, split: Split) -> str:
+    """Make sure that the changes of `DIRECTIONS` move probabilities the right way, on average.
 
     Returns
     -------
@@ -187,21 +152,21 @@ def check_directions(model, split, directions=None, tolerance=DIRECTION_TOLERANC
     BehaviourError
         Names the direction and the mean change.
     """
-    found = []
-    for each in DIRECTIONS if directions is None else directions:
-        if not _applies(each, each.label, split):
-            continue
-        rows = split.X_test.head(MOST_ROWS)
+    found, rows = [], split.X_test.head(MOST_ROWS)
+    for each in _applying(DIRECTIONS, split):
         changed = each.change(rows)
         moved = (changed != rows).any(axis=1)
         if not moved.any():
             continue
-        before = _probability(model, rows[moved], each.label)
-        change = float((_probability(model, changed[moved], each.label) - before).mean())
-        if change < -tolerance:
+        before, after = (
+            model.predict(table[moved])[f"probability_{each.label}"].to_numpy()
+            for table in (rows, changed)
+        )
+        change = float((after - before).mean())
+        if change < -DIRECTION_TOLERANCE:
             raise BehaviourError(f"{each.description}, but by {change:+.3f} on average")
         found.append(f"{each.description} ({change:+.3f})")
-    return "; ".join(found) or "none is known for this table"
+    return "; ".join(found) or NONE_KNOWN
 
 
 def _with_code(rows, categorical, code):
@@ -214,18 +179,11 @@ def _with_code(rows, categorical, code):
     return changed
 
 
-def check_invariances(model, split, tolerance=INVARIANCE_TOLERANCE):
+def check_invariances(model: PyFuncModel, split: Split) -> str:
     """Make sure that what carries no information moves nothing.
 
     The order of the rows, the order of the columns, and which code a category has that was
     never seen: an unrelated one must be treated like any other.
-
-    Parameters
-    ----------
-    model : mlflow.pyfunc.PyFuncModel
-    split : helpers.data.Split
-    tolerance : float
-        Largest change of a probability.
 
     Returns
     -------
@@ -251,11 +209,7 @@ def check_invariances(model, split, tolerance=INVARIANCE_TOLERANCE):
         "which unseen code a category has": (one, other),
     }
     for title, (given, wanted) in pairs.items():
-        gap = _gap(given, wanted)
-        if not gap <= tolerance:
+        gap = float(np.abs(given.to_numpy() - wanted.to_numpy()).max())
+        if not gap <= INVARIANCE_TOLERANCE:
             raise BehaviourError(f"{title} changes a probability by {gap:.2g}")
     return f"{', '.join(pairs)}: no change"
-
-
-def _gap(given: pd.DataFrame, wanted: pd.DataFrame):
-    return float(np.abs(given.to_numpy() - wanted.to_numpy()).max())

@@ -84,16 +84,17 @@ def test_cases_and_directions_do_not_apply_to_other_tables(small_split):
     assert "no change" in behaviour.check_invariances(model, small_split)
 
 
-def test_cases_for_another_table_are_given_in_one_place(small_split):
+def test_cases_for_another_table_are_given_in_one_place(small_split, monkeypatch):
     labels = small_split.labels
     short = behaviour.Case(
         "short ones are not high", lambda rows: rows.assign(length=-1.0), "high", ("length",)
     )
+    monkeypatch.setattr(behaviour, "CASES", (short,))
     model = SimpleNamespace(
         predict=lambda rows: pd.DataFrame({"prediction": [labels[0]] * len(rows)})
     )
     with pytest.raises(BehaviourError, match="short ones are not high"):
-        behaviour.check_cases(model, small_split, (short,))
+        behaviour.check_cases(model, small_split)
 
 
 # --- robustness --------------------------------------------------------------------------------
