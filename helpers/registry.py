@@ -6,25 +6,35 @@ experiment ``promotions``, so the history is in MLflow itself and nothing in it 
 """
 
 import pickle
+import sys
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.pyfunc import PyFuncModel
 
 from helpers import behaviour, drift, robustness, tracking
+from helpers.behaviour import NO_CONDITION
+from helpers.data import Split
 from helpers.display import COLOURS, notice
 from helpers.evaluation import compute_metrics
+from helpers.robustness import Robustness
 from helpers.workspace import MissingStepError, ProjectError, is_interactive
 
 ALIAS = "production"
 STAGE = "Production"
 HISTORY = "promotions"
+LOADS = "loads back and answers"  # the first check: what fails it is not registered
+UNDONE = "Production is as it was before; correct the cell and run it again."
 REFERENCE = "monitoring/reference.json"  # artifact: what production is compared with later
 ROBUSTNESS = "robustness/robustness.json"  # artifact: what the attack achieved
 REPRODUCED = 1e-4  # largest difference between a logged metric and the same one recomputed
@@ -50,7 +60,9 @@ MODELS = {
     "model_svm_rbf": ("svc_model", "svm", "03_svm_grid_search"),
 }
 SETTLE = 10  # times that stage and alias are compared after a promotion
-FINE = "_fine"  # at the end of the name of a run that refines another
+
+# Stages are deprecated since MLflow 2.9 and work in 3; the original document names them.
+warnings.filterwarnings("ignore", r".*Model registry stages will be removed", FutureWarning)
 
 
 class RegistryError(ProjectError):
@@ -91,26 +103,23 @@ class Rules:
 # --- what is there ----------------------------------------------------------------------------
 
 
-def production_version(name):
-    """Return the version of a registered model that is in Production, or None.
+def production_version(name: str) -> ModelVersion | None:
+    """Return the version of a registered model that is in Production.
 
-    Parameters
-    ----------
-    name : str
-
-    Returns
-    -------
-    mlflow.entities.model_registry.ModelVersion or None
-        By alias; where nobody set the alias (a promotion by hand in the UI), by stage.
+    By alias; where nobody set the alias (a promotion by hand in the UI), by stage.
     """
-    client = mlflow.MlflowClient()
+    staged = (version for version in _versions(name) if version.current_stage == STAGE)
+    return _aliased(name) or next(staged, None)
+
+
+def _aliased(name):
+    """Return the version that the alias points to, or None."""
     try:
-        return client.get_model_version_by_alias(name, ALIAS)
+        return mlflow.MlflowClient().get_model_version_by_alias(name, ALIAS)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise
-    staged = [v for v in _versions(name) if v.current_stage == STAGE]
-    return staged[0] if staged else None
+        return None
 
 
 def _versions(name):
@@ -124,17 +133,8 @@ def _number(version):
     return None if version is None else str(version.version)
 
 
-def load_production(name):
-    """Load the model in Production as any client would.
-
-    Parameters
-    ----------
-    name : str
-
-    Returns
-    -------
-    mlflow.pyfunc.PyFuncModel
-    """
+def load_production(name: str) -> PyFuncModel:
+    """Load the model in Production as any client would."""
     version = production_version(name)
     if version is not None and ALIAS not in version.aliases:
         # Promoted by hand in the UI, which sets the stage alone.
@@ -142,13 +142,8 @@ def load_production(name):
     return tracking.load_model(f"models:/{name}@{ALIAS}")
 
 
-def load_all_production():
-    """Load every model of the series that is in Production, as a client would.
-
-    Returns
-    -------
-    dict of str to mlflow.pyfunc.PyFuncModel
-        By name.
+def load_all_production() -> dict[str, PyFuncModel]:
+    """Load every model of the series that is in Production, as `load_production` does.
 
     Raises
     ------
@@ -158,12 +153,8 @@ def load_all_production():
     return {name: load_production(name) for name in require_production()}
 
 
-def require_production():
+def require_production() -> list[str]:
     """Return the names of the models of the series that are in Production.
-
-    Returns
-    -------
-    list of str
 
     Raises
     ------
@@ -181,32 +172,21 @@ def require_production():
 
 @dataclass
 class Candidate:
-    """A trained model on its way to Production.
+    """A trained model on its way to Production under the name of a registered model.
 
-    Attributes
-    ----------
-    name : str
-        Of the registered model.
-    run : mlflow.entities.Run
-        That logged it.
-    split : helpers.data.Split
-        Training and test rows that the run used.
-    robustness : helpers.robustness.Robustness or None
-        From `attack_candidates`; None if not measured.
-    measures : tuple of (dict, Rules) or None
-        Baseline and rules that it was checked with; None if not checked yet.
+    `robustness` is None if not measured, `measures`, baseline and rules, if not checked yet.
     """
 
     name: str
-    run: mlflow.entities.Run
-    split: object = field(repr=False)
-    robustness: object = field(default=None, repr=False)
-    measures: tuple = field(default=None, repr=False)
+    run: Run
+    split: Split = field(repr=False)
+    robustness: Robustness | None = field(default=None, repr=False)
+    measures: tuple[dict, Rules] | None = field(default=None, repr=False)
 
     @property
     def model_uri(self):
-        """URI of the logged model."""
-        return f"runs:/{self.run.info.run_id}/model"
+        """URI of the logged model; by its id, so that a version links to it and to the run."""
+        return f"models:/{self.run.outputs.model_outputs[-1].model_id}"
 
     @property
     def metrics(self):
@@ -237,29 +217,22 @@ class Candidate:
 
 @dataclass
 class Champion:
-    """The version in Production that a candidate must not fall behind.
+    """The version in Production that a candidate must not fall behind, on the candidate's split.
 
-    Attributes
-    ----------
-    version : mlflow.entities.model_registry.ModelVersion
-    run : mlflow.entities.Run
-        That logged it.
-    split : helpers.data.Split
-        Of the candidate.
-    model : mlflow.pyfunc.PyFuncModel or None
-        Loaded as a client would; None if it does not load, its files being lost for example.
+    The model is loaded as a client would; None if it does not load, its files being lost for
+    example.
     """
 
-    version: object
-    run: mlflow.entities.Run
-    split: object = field(repr=False)
-    model: object = field(repr=False)
+    version: ModelVersion
+    run: Run
+    split: Split = field(repr=False)
+    model: PyFuncModel | None = field(repr=False)
 
     def __str__(self):
         return f"version {_number(self.version)} in Production"
 
     @classmethod
-    def find(cls, name, split):
+    def find(cls, name: str, split: Split):
         """Return the champion of a name, or None."""
         version = production_version(name)
         if version is None:
@@ -320,37 +293,8 @@ class Champion:
         return candidate.metrics_on(self.unseen) if self.measurable else candidate.metrics
 
 
-def _newest_run(name, split_digest):
-    """Return the newest finished run of a model, or its refinement where that is better.
-
-    Better by cross-validation, as the test rows may not be used for a choice.
-    """
-    experiment, run_name, _ = MODELS[name]
-    run = tracking.latest_run(experiment, run_name, split_digest)
-    finer = tracking.latest_run(experiment, f"{run_name}{FINE}", split_digest)
-    if run is None or finer is None or finer.info.start_time < run.info.start_time:
-        return run
-    first, second = (each.data.metrics["cv_accuracy"] for each in (run, finer))
-    chosen, compared = (finer, ">") if second > first else (run, "<=")
-    notice(
-        f"{name}: the candidate is the run {chosen.info.run_name}, as its cross-validated "
-        f"accuracy decides: {run_name}{FINE} {second:.4f} {compared} {run_name} {first:.4f}."
-    )
-    return chosen
-
-
-def find_candidates(split, names=tuple(MODELS)):
-    """Find the newest finished run of each model on the prepared split.
-
-    Parameters
-    ----------
-    split : helpers.data.Split
-    names : sequence of str
-        Keys of `MODELS`.
-
-    Returns
-    -------
-    dict of str to Candidate
+def find_candidates(split: Split, names: Iterable[str] = MODELS) -> dict[str, Candidate]:
+    """Find the newest finished run of models, keys of `MODELS`, on the prepared split.
 
     Raises
     ------
@@ -359,16 +303,17 @@ def find_candidates(split, names=tuple(MODELS)):
     """
     candidates, missing = {}, []
     for name in names:
-        run, notebook = _newest_run(name, split.manifest["split_digest"]), MODELS[name][2]
+        experiment, run_name, notebook = MODELS[name]
+        run = tracking.latest_run(experiment, run_name, split.manifest["split_digest"])
         if run is None:
             missing.append(f"{notebook} (for {name})")
-        else:
-            candidates[name] = Candidate(name, run, split)
-            if not tracking.is_own(run):
-                notice(
-                    f"{name}: this workspace has no run on the prepared split; the candidate is "
-                    f"{run.info.run_id}, the newest one of another workspace."
-                )
+            continue
+        candidates[name] = Candidate(name, run, split)
+        if not tracking.is_own(run):
+            notice(
+                f"{name}: this workspace has no run on the prepared split; the candidate is "
+                f"{run.info.run_id}, the newest one of another workspace."
+            )
     if missing:
         raise MissingStepError(
             f"Not trained yet on the prepared data: run notebook {' and '.join(missing)} first."
@@ -376,20 +321,12 @@ def find_candidates(split, names=tuple(MODELS)):
     return candidates
 
 
-def comparison(candidates, baseline):
+def comparison(candidates: dict[str, Candidate], baseline: dict[str, float]) -> dict[str, dict]:
     """Gather the metrics of candidates, of what is in Production, and of the baseline.
 
-    Parameters
-    ----------
-    candidates : dict of str to Candidate
-    baseline : dict of str to float
-
-    Returns
-    -------
-    dict of str to dict
-        For `helpers.evaluation.metrics_table`. A version in Production that takes other
-        columns or does not load is left out: it cannot be measured on these rows. Where it is
-        measured on a part of the rows, the candidate stands beside it on the same part too.
+    For `helpers.evaluation.metrics_table`. A version in Production that takes other columns or
+    does not load is left out: it cannot be measured on these rows. Where it is measured on a
+    part of the rows, the candidate stands beside it on the same part too.
     """
     metrics = {}
     for name, candidate in candidates.items():
@@ -503,9 +440,9 @@ def _check_baseline(candidate, baseline, rules):
 def _check_replaceable(candidate, baseline, rules):
     champion = candidate.champion
     if champion is None:
-        return "nothing in Production yet"
+        return f"{NO_CONDITION}nothing in Production yet"
     if rules.allow_replace:
-        return "ALLOW_REPLACE is set"
+        return f"{NO_CONDITION}ALLOW_REPLACE is set"
     _require(
         champion.same_columns or champion.model is None,
         f"{champion} takes other columns or gives other labels; its clients would break. Use "
@@ -525,12 +462,12 @@ def _check_replaceable(candidate, baseline, rules):
 def _check_champion(candidate, baseline, rules):
     champion = candidate.champion
     if champion is None:
-        return "nothing in Production yet"
+        return f"{NO_CONDITION}nothing in Production yet"
     if champion.model is None:
-        return f"{champion} does not load: there is nothing to compare with"
+        return f"{NO_CONDITION}{champion} does not load: there is nothing to compare with"
     if not champion.same_columns:
         _require(rules.allow_replace, "cannot be compared with the version in Production")
-        return "not comparable; ALLOW_REPLACE is set"
+        return f"{NO_CONDITION}not comparable, ALLOW_REPLACE is set"
     metrics, basis = champion.evaluation
     score, floor = champion.beside(candidate)["f1_macro"], metrics["f1_macro"] - rules.max_loss
     _require(
@@ -556,20 +493,19 @@ def _check_robustness(candidate, baseline, rules):
     result = candidate.robustness
     if result is None:
         _require(not rules.min_robustness, "not measured, but MIN_ROBUSTNESS asks for it")
-        return "not measured"
+        return f"{NO_CONDITION}not measured"
     holds = 1 - result.flip_rate
+    finding = f"{holds:.0%} of {result.n_rows} attacked rows hold"
     _require(
-        holds >= rules.min_robustness,
-        f"{holds:.0%} of {result.n_rows} attacked rows hold, MIN_ROBUSTNESS is "
-        f"{rules.min_robustness:.0%}",
+        holds >= rules.min_robustness, f"{finding}, MIN_ROBUSTNESS is {rules.min_robustness:.0%}"
     )
-    return f"{holds:.0%} of {result.n_rows} attacked rows hold"
+    return finding if rules.min_robustness else f"{NO_CONDITION}{finding}"
 
 
 # The promotion rule, in order. A check takes the candidate, the baseline's metrics and the
 # rules, returns its finding, and raises CheckFailedError where the candidate must not be promoted.
 CHECKS = {
-    "loads back and answers": _check_loads,
+    LOADS: _check_loads,
     "interface": _check_interface,
     "schema": _check_schema,
     "unseen category": _check_unseen_category,
@@ -584,15 +520,10 @@ CHECKS = {
 }
 
 
-def check_candidate(candidate, baseline, rules=None):
-    """Run every check on a candidate.
-
-    Parameters
-    ----------
-    candidate : Candidate
-    baseline : dict of str to float
-        Metrics of the majority class.
-    rules : Rules, optional
+def check_candidate(
+    candidate: Candidate, baseline: dict[str, float], rules: Rules | None = None
+) -> pd.DataFrame:
+    """Run every check on a candidate; `baseline` are the metrics of the majority class.
 
     Returns
     -------
@@ -612,14 +543,10 @@ def check_candidate(candidate, baseline, rules=None):
     return table.rename_axis("check")
 
 
-def check_candidates(candidates, baseline, rules=None):
+def check_candidates(
+    candidates: dict[str, Candidate], baseline: dict[str, float], rules: Rules | None = None
+) -> pd.DataFrame:
     """Run every check on every candidate.
-
-    Parameters
-    ----------
-    candidates : dict of str to Candidate
-    baseline : dict of str to float
-    rules : Rules, optional
 
     Returns
     -------
@@ -630,24 +557,27 @@ def check_candidates(candidates, baseline, rules=None):
     return pd.concat(tables, names=["model"])
 
 
-def colour_checks(row):
-    """Colour a row of the table of checks: green where passed, red where failed."""
+def colour_checks(row: pd.Series) -> list[str]:
+    """Colour a row of the table of checks: green passed, red failed, grey could not fail."""
     colour = COLOURS["good" if row["passed"] else "bad"]
+    if row["finding"].startswith(NO_CONDITION):
+        colour = "grey"
     return [f"color: {colour}"] * len(row)
 
 
 # --- robustness -------------------------------------------------------------------------------
 
 
-def attack_candidates(candidates, n_rows=robustness.N_ROWS):
-    """Measure how robust each candidate is, and log it with its run.
+def attack_candidates(
+    candidates: dict[str, Candidate], n_rows: int = robustness.N_ROWS
+) -> dict[str, Robustness]:
+    """Measure how robust each candidate is, log it with its run, and set it in the candidate.
 
     What was measured for a run before is read back.
 
     Parameters
     ----------
     candidates : dict of str to Candidate
-        Their `Candidate.robustness` is set.
     n_rows : int
         Test rows to attack; 0: measure nothing.
 
@@ -676,7 +606,7 @@ def _known_robustness(candidate, n_rows):
     if logged is None or not n_rows:
         return None
     text = mlflow.artifacts.load_text(f"runs:/{candidate.run.info.run_id}/{ROBUSTNESS}")
-    found = robustness.Robustness.from_json(text)
+    found = Robustness.from_json(text)
     return found if found.asked == n_rows else None
 
 
@@ -692,11 +622,180 @@ def _log_robustness(candidate, measured):
 # --- registering and promoting ----------------------------------------------------------------
 
 
+@dataclass
+class Promotion:
+    """What `promoting` asks a cell to do.
+
+    Attributes
+    ----------
+    loads : bool
+        The candidate loads: only then it is registered.
+    due : bool
+        It is to be put in Production: it passed every check and is not there yet.
+    version : mlflow.entities.model_registry.ModelVersion or None
+        That was registered from the candidate's run; None at first.
+    decision : dict of str to str
+        After the block: ``version``, ``decision`` and ``why``.
+    """
+
+    loads: bool
+    due: bool
+    version: ModelVersion | None
+    decision: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where alias and stages of a registered model are at one moment; stages by version."""
+
+    name: str
+    alias: str | None
+    stages: dict
+
+    @classmethod
+    def of(cls, name):
+        stages = {_number(version): version.current_stage for version in _versions(name)}
+        return cls(name, _number(_aliased(name)), stages)
+
+    def check(self, version, due):
+        """Make sure that a version was put in Production since if it was due, and else not."""
+        now, number = _Placement.of(self.name), _number(version)
+        former, stage = self.stages.get(number, "None"), now.stages.get(number, "None")
+        if not due:
+            if number == now.alias != self.alias or STAGE == stage != former:
+                raise RegistryError(
+                    f"{self.name}: version {number} was put in Production, though it failed a "
+                    f"check or was there already. {UNDONE}"
+                )
+            return
+        # That both moved is enough: somebody else may have promoted after this cell.
+        done = {
+            "register_model": version is not None,
+            "set_registered_model_alias": now.alias != self.alias,
+            "transition_model_version_stage": stage == STAGE or stage != former,
+        }
+        missing = [call for call, called in done.items() if not called]
+        if missing:
+            raise RegistryError(
+                f"{self.name} passed every check, but the cell lacks {', '.join(missing)}. {UNDONE}"
+            )
+
+    def restore(self, version):
+        """Put alias and stages back, except where somebody else promoted meanwhile."""
+        client, now = mlflow.MlflowClient(), _Placement.of(self.name)
+        if now.alias not in (self.alias, _number(version)):
+            _settle(self.name)
+            return
+        if now.alias != self.alias and self.alias is None:
+            client.delete_registered_model_alias(self.name, ALIAS)
+        elif now.alias != self.alias:
+            client.set_registered_model_alias(self.name, ALIAS, self.alias)
+        for number, stage in now.stages.items():
+            former = self.stages.get(number, "None")
+            if stage != former:
+                client.transition_model_version_stage(self.name, number, former)
+
+
 @contextmanager
-def _stages_are_deprecated():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def promoting(
+    candidate: Candidate,
+    checks: pd.DataFrame,
+    reason: str = "passed all checks",
+    by: str | None = None,
+) -> Iterator[Promotion]:
+    """Guard the lines of a cell that register a candidate and put it in Production.
+
+    Before the block the checks are made anew where another version went into Production since,
+    and what the monitoring compares with later is logged. After the block the version gets
+    its description and tags, and the history a run. After an error, an interrupt, or a block
+    that lacks a line Production is as it was.
+
+    Parameters
+    ----------
+    candidate : Candidate
+    checks : pandas.DataFrame
+        From `check_candidates`.
+    reason : str
+        For the history.
+    by : str, optional
+        Who promotes; default: the MLflow or system user.
+
+    Yields
+    ------
+    Promotion
+
+    Raises
+    ------
+    RegistryError
+        If the block did not do what `Promotion` asks for.
+    """
+    name, table = candidate.name, _still_valid(candidate, checks.loc[candidate.name])
+    failed, version, current = table[~table["passed"]], _version_of(candidate), _aliased(name)
+    there = version is not None and _number(current) == _number(version)
+    client = mlflow.MlflowClient()
+    promotion = Promotion(LOADS not in failed.index, failed.empty and not there, version)
+    if promotion.loads:
+        reference = drift.make_reference(candidate.split, candidate.answer)
+        client.log_dict(candidate.run.info.run_id, reference, REFERENCE)
+
+    registered = partial(_version_of, candidate)
+    recorded = _recorded("promote", name, reason, by, registered)
+    with (
+        # What MLflow says about new versions is no error.
+        redirect_stderr(sys.stdout),
+        recorded if promotion.due else nullcontext(),
+        _undone_on_error(name, registered) as before,
+    ):
+        try:
+            yield promotion
+        except MlflowException as error:
+            if not (promotion.due and registered() and _has_no_stages(error)):
+                raise
+            # The line after it: the alias, which is all that such a server has.
+            client.set_registered_model_alias(name, ALIAS, _number(registered()))
+        else:
+            before.check(registered(), promotion.due)
+        if failed.empty:
+            _settle(name)
+    if promotion.loads:
+        promotion.version = _describe_version(candidate, table)
+    why = "; ".join(f"{title}: {finding}" for title, finding in failed["finding"].items())
+    promotion.decision = {
+        "version": _number(promotion.version),
+        "decision": "refused" if why else "in Production",
+        "why": why or (reason if promotion.due else "already"),
+    }
+
+
+def _still_valid(candidate, table):
+    """Return the checks, made anew where another version went into Production since."""
+    checked = candidate.champion and _number(candidate.champion.version)
+    now = _number(production_version(candidate.name))
+    if now in (checked, _number(_version_of(candidate))):
+        return table
+    notice(f"{candidate.name}: version {now} went into Production meanwhile; checked again.")
+    return check_candidate(replace(candidate), *candidate.measures)
+
+
+def _version_of(candidate):
+    """Return the version that was registered from the candidate's run, or None."""
+    found = (v for v in _versions(candidate.name) if v.run_id == candidate.run.info.run_id)
+    return next(found, None)
+
+
+def _describe_version(candidate, table):
+    """Give a candidate's version its description and tags; what is there is not written again."""
+    client, version, name = mlflow.MlflowClient(), _version_of(candidate), candidate.name
+    if version is None:
+        raise RegistryError(f"{name} loads, but the cell lacks register_model. {UNDONE}")
+    failed = ", ".join(table.index[~table["passed"]])
+    outcome = {"checks": f"failed: {failed}" if failed else "passed"}
+    for key, value in {**tracking.data_tags(candidate.split.manifest), **outcome}.items():
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(name, version.version, key, value)
+    if version.description != _describe(candidate):
+        client.update_model_version(name, version.version, _describe(candidate))
+    return version
 
 
 def _describe(candidate):
@@ -711,89 +810,61 @@ def _describe(candidate):
     return text
 
 
-def register(candidate, checks):
-    """Register a candidate as a new version; the same run is never registered twice.
-
-    Parameters
-    ----------
-    candidate : Candidate
-    checks : pandas.DataFrame
-        From `check_candidate`; the outcome becomes a tag of the version.
-
-    Returns
-    -------
-    mlflow.entities.model_registry.ModelVersion
-    """
-    client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
-    client.log_dict(run_id, drift.make_reference(candidate.split, candidate.answer), REFERENCE)
-    known = [v for v in _versions(candidate.name) if v.run_id == run_id]
-    version = known[0] if known else _create_version(candidate)
-    failed = ", ".join(checks.index[~checks["passed"]])
-    tags = {
-        **tracking.data_tags(candidate.split.manifest),
-        "checks": f"failed: {failed}" if failed else "passed",
-    }
-    for key, value in tags.items():
-        if version.tags.get(key) != value:
-            client.set_model_version_tag(candidate.name, version.version, key, value)
-    if version.description != _describe(candidate):
-        client.update_model_version(candidate.name, version.version, _describe(candidate))
-    return client.get_model_version(candidate.name, version.version)
-
-
-def _create_version(candidate):
-    client = mlflow.MlflowClient()
+@contextmanager
+def _undone_on_error(name, find):
+    """Give where alias and stages are; put them back if the block fails."""
+    before = _Placement.of(name)
     try:
-        client.create_registered_model(candidate.name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    # By way of the model's id: the version then links to the logged model and to the run.
-    model_id = candidate.model.metadata.model_id
-    return client.create_model_version(
-        candidate.name, f"models:/{model_id}", candidate.run.info.run_id, model_id=model_id
-    )
+        yield before
+    except BaseException:
+        before.restore(find())
+        raise
+
+
+@contextmanager
+def _recorded(action, name, reason, by, find: Callable[[], ModelVersion | None]):
+    """Record as a run of the history which version the block puts in Production."""
+    before = production_version(name)
+    tags = {"reason": reason, "by": tracking.user_name(by)}
+    with tracking.start_run(HISTORY, name, tags=tags) as run:
+        try:
+            yield
+        finally:
+            after = find()
+            first, then = _number(before) or "none", _number(after) or "none"
+            mlflow.log_params(
+                {"action": action, "model": name, "from_version": first, "to_version": then}
+            )
+            mlflow.log_metrics({**_metrics(after, "to"), **_metrics(before, "from")})
+            title = f"{name}: version {first} → {then}"
+            mlflow.MlflowClient().update_run(run.info.run_id, name=title)
+
+
+def _metrics(version, prefix):
+    if version is None or not version.run_id:
+        return {}
+    metrics = mlflow.MlflowClient().get_run(version.run_id).data.metrics
+    chosen = ("accuracy", "f1_macro", "log_loss")
+    return {f"{prefix}_{key}": metrics[key] for key in chosen if key in metrics}
+
+
+def _has_no_stages(error):
+    """Tell whether an error means that the server no longer has stages."""
+    gone = error.error_code in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "METHOD_NOT_ALLOWED")
+    return gone or "unsupported" in str(error).lower()
 
 
 def _set_stage(name, version):
     """Move a version to the stage; tell whether the server still has stages."""
     try:
-        with _stages_are_deprecated():
-            mlflow.MlflowClient().transition_model_version_stage(
-                name, version, STAGE, archive_existing_versions=True
-            )
+        mlflow.MlflowClient().transition_model_version_stage(
+            name, version, STAGE, archive_existing_versions=True
+        )
     except MlflowException as error:
-        gone = error.error_code in ("ENDPOINT_NOT_FOUND", "NOT_IMPLEMENTED", "METHOD_NOT_ALLOWED")
-        if not (gone or "unsupported" in str(error).lower()):
+        if not _has_no_stages(error):
             raise
         return False
     return True
-
-
-def _move_to_production(action, name, to_version, reason, by):
-    """Put a version in Production and record it as a run of the history.
-
-    The alias, which decides what clients load, moves last: after an error clients still get the
-    version before, and the same promotion can be asked for again.
-    """
-    client = mlflow.MlflowClient()
-    from_version = _number(production_version(name))
-    params = {
-        "action": action,
-        "model": name,
-        "from_version": from_version or "none",
-        "to_version": to_version,
-    }
-    title = f"{name}: version {from_version or '–'} → {to_version}"
-    with tracking.start_run(HISTORY, title, tags={"reason": reason, "by": by}):
-        mlflow.log_params(params)
-        mlflow.log_metrics(_version_metrics(name, to_version, "to"))
-        if from_version:
-            mlflow.log_metrics(_version_metrics(name, from_version, "from"))
-        mlflow.set_tag("stage_set", str(_set_stage(name, to_version)).lower())
-        client.set_registered_model_alias(name, ALIAS, to_version)
-        _settle(name)
-    return client.get_model_version(name, to_version)
 
 
 def _settle(name):
@@ -802,95 +873,70 @@ def _settle(name):
     Two promotions at once may each archive what they found and leave two versions in the stage.
     Whoever writes last looks once more, and sees what the other one wrote.
     """
-    client = mlflow.MlflowClient()
     for _ in range(SETTLE):
-        aliased = _number(client.get_model_version_by_alias(name, ALIAS))
-        staged = {_number(each) for each in _versions(name) if each.current_stage == STAGE}
-        if staged == {aliased} or not _set_stage(name, aliased):
+        now = _Placement.of(name)
+        staged = {number for number, stage in now.stages.items() if stage == STAGE}
+        if staged == {now.alias} or not _set_stage(name, now.alias):
             return
 
 
-def _version_metrics(name, version, prefix):
-    client = mlflow.MlflowClient()
-    metrics = client.get_run(client.get_model_version(name, version).run_id).data.metrics
-    chosen = ("accuracy", "f1_macro", "log_loss")
-    return {f"{prefix}_{key}": metrics[key] for key in chosen if key in metrics}
+def _move_to_production(action, version, reason, by):
+    """Put a version in Production and record it as a run of the history.
+
+    The alias, which decides what clients load, moves last: until then they get the version
+    before.
+    """
+    client, name, number = mlflow.MlflowClient(), version.name, _number(version)
+    with (
+        _recorded(action, name, reason, by, lambda: version),
+        _undone_on_error(name, lambda: version),
+    ):
+        _set_stage(name, number)
+        client.set_registered_model_alias(name, ALIAS, number)
+        _settle(name)
+    return client.get_model_version(name, number)
 
 
-def promote(name, version, reason, by=None):
-    """Put a version in Production: alias and stage; archive what was there; record it.
+def promote(name: str, version: str | int, reason: str, by: str | None = None) -> ModelVersion:
+    """Put a version in Production without a check; archive what was there; record it.
 
-    Parameters
-    ----------
-    name : str
-        Of the registered model.
-    version : str or int
-    reason : str
-        For the history.
-    by : str, optional
-        Who promotes; default: the MLflow or system user.
-
-    Returns
-    -------
-    mlflow.entities.model_registry.ModelVersion
-        Unchanged, and nothing recorded, if it is in Production already.
+    Unchanged, and nothing recorded, if it is in Production already.
 
     Raises
     ------
     RegistryError
         If there is no such version.
     """
-    version = str(version)
-    _require_version(name, version)
-    current = production_version(name)
-    if _number(current) == version and ALIAS in current.aliases:
-        if current.current_stage != STAGE:
-            _set_stage(name, version)
-        return mlflow.MlflowClient().get_model_version(name, version)
-    return _move_to_production("promote", name, version, reason, tracking.user_name(by))
-
-
-def _require_version(name, version):
-    known = [_number(each) for each in _versions(name)]
-    if version not in known:
+    versions = {_number(each): each for each in _versions(name)}
+    if str(version) not in versions:
         raise RegistryError(
             f"The registered model {name!r} has no version {version}. Versions: "
-            f"{', '.join(known) or 'none'}."
+            f"{', '.join(versions) or 'none'}."
         )
+    if _number(_aliased(name)) != str(version):
+        return _move_to_production("promote", versions[str(version)], reason, by)
+    _settle(name)
+    return mlflow.MlflowClient().get_model_version(name, str(version))
 
 
-def rollback(name, reason, by=None):
-    """Put the previous version back in Production, in one call.
+def rollback(name: str, reason: str, by: str | None = None) -> ModelVersion:
+    """Put the version before back in Production, recorded with who and why, and return it.
 
     Called again, it goes one version further back: each promotion is undone once. Where
     somebody moved the alias or the stage by hand, the previous version is the last one in the
     history other than the one in Production now.
-
-    Parameters
-    ----------
-    name : str
-        Of the registered model.
-    reason : str
-        For the history.
-    by : str, optional
-        Who rolls back; default: the MLflow or system user.
-
-    Returns
-    -------
-    mlflow.entities.model_registry.ModelVersion
-        The version that is in Production now.
 
     Raises
     ------
     RegistryError
         If there is nothing to go back to.
     """
-    candidates = {_number(version) for version in _versions(name)}
-    candidates.discard(_number(production_version(name)))
-    earlier = [version for version in _production_line(name) if version in candidates]
+    candidates = {_number(version): version for version in _versions(name)}
+    candidates.pop(_number(production_version(name)), None)
+    earlier = [number for number in _production_line(name) if number in candidates]
     if not earlier:
         raise RegistryError(f"{name!r} has no earlier version in Production to go back to.")
-    return _move_to_production("rollback", name, earlier[-1], reason, tracking.user_name(by))
+    return _move_to_production("rollback", candidates[earlier[-1]], reason, by)
 
 
 def _production_line(name):
@@ -914,13 +960,28 @@ def _production_line(name):
     return line
 
 
-def history(name=None):
-    """List promotions and rollbacks, the newest first.
+# Columns of the history, and where a run of it has them.
+EVENT = {
+    "when": lambda run: pd.to_datetime(run.info.start_time, unit="ms", utc=True),
+    "model": lambda run: run.data.params.get("model"),
+    "action": lambda run: run.data.params.get("action"),
+    "from_version": lambda run: _known(run.data.params.get("from_version")),
+    "to_version": lambda run: _known(run.data.params.get("to_version")),
+    "by": lambda run: run.data.tags.get("by"),
+    "reason": lambda run: run.data.tags.get("reason"),
+    "accuracy": lambda run: run.data.metrics.get("to_accuracy"),
+    "f1_macro": lambda run: run.data.metrics.get("to_f1_macro"),
+    "f1_macro_before": lambda run: run.data.metrics.get("from_f1_macro"),
+    "result": lambda run: run.info.status,
+}
 
-    Parameters
-    ----------
-    name : str, optional
-        Only those of one registered model.
+
+def _known(number):
+    return None if number == "none" else number
+
+
+def history(name: str | None = None) -> pd.DataFrame:
+    """List promotions and rollbacks, of one registered model or of all, the newest first.
 
     Returns
     -------
@@ -929,150 +990,58 @@ def history(name=None):
         ``to_version``, ``by``, ``reason``, ``accuracy``, ``f1_macro`` (of the version promoted),
         ``f1_macro_before`` and ``result`` (``FINISHED``, or what an interrupt left).
     """
-    table = pd.DataFrame(_events(name), columns=EVENT, dtype=object)
+    table = pd.DataFrame(_events(name), columns=list(EVENT), dtype=object)
     numbers = ["accuracy", "f1_macro", "f1_macro_before"]
     return table.astype(dict.fromkeys(numbers, "float64"))
 
 
-EVENT = (
-    "when",
-    "model",
-    "action",
-    "from_version",
-    "to_version",
-    "by",
-    "reason",
-    "accuracy",
-    "f1_macro",
-    "f1_macro_before",
-    "result",
-)
-
-
 def _events(name=None):
     """Return the events of the history as dicts, the newest first."""
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name(HISTORY)
+    experiment = mlflow.get_experiment_by_name(HISTORY)
     if experiment is None:
         return []
-    query = f"params.model = '{name}'" if name else ""
     runs = mlflow.search_runs(
         [experiment.experiment_id],
-        query,
+        f"params.model = '{name}'" if name else "",
         order_by=["attributes.start_time DESC"],
         output_format="list",
     )
-    return [_event(run) for run in runs]
+    return [{column: value(run) for column, value in EVENT.items()} for run in runs]
 
 
-def _event(run):
-    params, metrics, tags = run.data.params, run.data.metrics, run.data.tags
-    before = params.get("from_version")
-    values = (
-        pd.to_datetime(run.info.start_time, unit="ms", utc=True),
-        params.get("model"),
-        params.get("action"),
-        None if before == "none" else before,
-        params.get("to_version"),
-        tags.get("by"),
-        tags.get("reason"),
-        metrics.get("to_accuracy"),
-        metrics.get("to_f1_macro"),
-        metrics.get("from_f1_macro"),
-        run.info.status,
-    )
-    return dict(zip(EVENT, values, strict=True))
-
-
-def promote_candidates(candidates, checks, reason="passed all checks", by=None):
-    """Register every candidate and promote those that passed every check.
-
-    Parameters
-    ----------
-    candidates : dict of str to Candidate
-    checks : pandas.DataFrame
-        From `check_candidates`.
-    reason : str
-        For the history.
-    by : str, optional
-        Who promotes.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Index ``model``; columns ``version``, ``decision`` and ``why``.
-    """
-    decisions = {}
-    for name, candidate in candidates.items():
-        table = _still_valid(candidate, checks.loc[name])
-        failed = table[~table["passed"]]
-        if "loads back and answers" in failed.index:
-            decisions[name] = (None, "refused", failed["finding"].iloc[0])
-            continue
-        version = register(candidate, table)
-        if len(failed):
-            why = "; ".join(f"{title}: {finding}" for title, finding in failed["finding"].items())
-            decisions[name] = (_number(version), "refused", why)
-        else:
-            before = production_version(name)
-            promote(name, version.version, reason, by)
-            same = _number(before) == _number(version)
-            decisions[name] = (_number(version), "in Production", "already" if same else reason)
-    table = pd.DataFrame.from_dict(
-        decisions, orient="index", columns=["version", "decision", "why"]
-    )
-    return table.rename_axis("model")
-
-
-def _still_valid(candidate, table):
-    """Return the checks, made anew where another version went into Production since."""
-    checked = candidate.champion and _number(candidate.champion.version)
-    now = _number(production_version(candidate.name))
-    if checked == now or now == _number_of_run(candidate):
-        return table
-    notice(f"{candidate.name}: version {now} went into Production meanwhile; checked again.")
-    return check_candidate(replace(candidate), *candidate.measures)
-
-
-def _number_of_run(candidate):
-    """Return the number of the version that was registered from the candidate's run, or None."""
-    run_id = candidate.run.info.run_id
-    return next((_number(v) for v in _versions(candidate.name) if v.run_id == run_id), None)
-
-
-def require_promoted(decisions):
+def require_promoted(decisions: dict[str, dict[str, str]]) -> None:
     """Say why candidates were refused; in a batch run, fail.
 
     Parameters
     ----------
-    decisions : pandas.DataFrame
-        From `promote_candidates`.
+    decisions : dict of str to dict
+        `Promotion.decision` by model.
 
     Raises
     ------
     PromotionRefusedError
         In a batch run, if a candidate was refused.
     """
-    refused = decisions[decisions["decision"] == "refused"]
-    if refused.empty:
+    refused = {
+        name: each["why"] for name, each in decisions.items() if each["decision"] == "refused"
+    }
+    if not refused:
         notice("Every candidate passed and is in Production.", level="good")
         return
-    message = "Not promoted: " + " | ".join(
-        f"{row.Index}: {row.why}" for row in refused.itertuples()
-    )
+    message = "Not promoted: " + " | ".join(f"{name}: {why}" for name, why in refused.items())
     if not is_interactive():
         raise PromotionRefusedError(message)
     notice(message, level="bad")
 
 
-def models_table():
-    """Show the registered models like the UI's Models page.
+def models_table() -> pd.DataFrame:
+    """Show the registered models like the UI's Models page, one row per version.
 
     Returns
     -------
     pandas.DataFrame
-        One row per version, the newest first: name, version, stage, aliases, accuracy, macro
-        F1, what it was trained on, checks, and when it was made (UTC).
+        Index name and version, the newest first; stage, aliases, accuracy, macro F1, what it was
+        trained on, checks, and when it was made (UTC).
     """
     client, rows = mlflow.MlflowClient(), []
     for name in MODELS:

@@ -22,9 +22,16 @@ from helpers.preprocessing import make_preprocessor
 from helpers.registry import Candidate, Rules
 from helpers.workspace import MissingStepError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*Model registry stages:FutureWarning")
+
 
 def with_manifest(split, **changes):
     return replace(split, manifest={**split.manifest, **changes})
+
+
+def log_model(split, classifier):
+    """Log a classifier that takes the raw columns in the active run."""
+    return tracking.log_model(split, classifier=classifier)
 
 
 def log_run(split, classifier, with_rows=False, **falsified):
@@ -35,7 +42,7 @@ def log_run(split, classifier, with_rows=False, **falsified):
     with tracking.start_run("svc_model", "svm", split.manifest) as run:
         if with_rows:
             tracking.log_split(split)
-        info = tracking.log_model(split, classifier=classifier)
+        info = log_model(split, classifier)
         tracking.evaluate_logged_model(info, split)
         mlflow.log_metrics(falsified)
     return mlflow.get_run(run.info.run_id)
@@ -85,18 +92,37 @@ def name(tracking_server):
 
 def register_all(name, shop, runs):
     """Register runs as versions 1, 2, … without promoting them."""
-    passed = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
-    versions = [registry.register(Candidate(name, run, shop.split), passed) for run in runs]
+    versions = [
+        mlflow.register_model(Candidate(name, run, shop.split).model_uri, name) for run in runs
+    ]
     assert [version.version for version in versions] == [str(n + 1) for n in range(len(runs))]
     return versions
 
 
-def try_to_promote(name, shop, run, split=None, rules=None):
-    """Check and promote one candidate, as notebook 04 does; return the checks and the decision."""
+def run_cell(candidates, checks, REASON="a test", PROMOTED_BY="tester"):
+    """Do what the cell of notebook 04 does, word for word."""
+    client, decisions = mlflow.MlflowClient(), {}
+    for name, candidate in candidates.items():
+        with registry.promoting(candidate, checks, REASON, PROMOTED_BY) as promotion:
+            if promotion.loads:
+                version = promotion.version or mlflow.register_model(candidate.model_uri, name)
+            if promotion.due:
+                number = version.version
+                client.transition_model_version_stage(name, number, "Production", True)
+                client.set_registered_model_alias(name, "production", number)
+        decisions[name] = promotion.decision
+    return decisions
+
+
+def check(name, shop, run, split=None, rules=None):
     candidates = {name: Candidate(name, run, split or shop.split)}
-    checks = registry.check_candidates(candidates, shop.baseline, rules)
-    decisions = registry.promote_candidates(candidates, checks, "a test", "tester")
-    return checks.loc[name], decisions.loc[name]
+    return candidates, registry.check_candidates(candidates, shop.baseline, rules)
+
+
+def try_to_promote(name, shop, run, split=None, rules=None):
+    """Check and promote one candidate; return the checks and the decision."""
+    candidates, checks = check(name, shop, run, split, rules)
+    return checks.loc[name], run_cell(candidates, checks)[name]
 
 
 def stages(name):
@@ -173,6 +199,110 @@ def test_nothing_is_in_production_of_a_model_that_nobody_registered(name):
         registry.promote(name, 1, "nothing there")
 
 
+# --- lines of the cell that are missing ---------------------------------------------------------
+
+
+def promote_without(candidate, checks, *missing, broken=None):
+    """Run the cell's lines except those whose call is `missing`; raise `broken` at the end."""
+    client, name = mlflow.MlflowClient(), candidate.name
+    with registry.promoting(candidate, checks, "a test") as promotion:
+        version = promotion.version
+        if not version and "register_model" not in missing:
+            version = mlflow.register_model(candidate.model_uri, name)
+        if promotion.due or "promotion.due" in missing:
+            if version and "transition_model_version_stage" not in missing:
+                client.transition_model_version_stage(name, version.version, "Production", True)
+            if version and "set_registered_model_alias" not in missing:
+                client.set_registered_model_alias(name, "production", version.version)
+        if broken:
+            raise broken
+    return promotion
+
+
+CALLS = ["register_model", "transition_model_version_stage", "set_registered_model_alias"]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_cell_without_a_line_is_an_error_and_production_stays(name, shop, call):
+    try_to_promote(name, shop, shop.good[0])
+    candidates, checks = check(name, shop, shop.good[1])
+    with pytest.raises(registry.RegistryError, match=f"lacks.*{call}"):
+        promote_without(candidates[name], checks, call)
+    assert aliased(name) == "1"
+    assert stages(name) == {"1": "Production"} | ({"2": "None"} if call != CALLS[0] else {})
+    assert registry.history(name)["result"].tolist() == ["FAILED", "FINISHED"]
+    decision = run_cell(*check(name, shop, shop.good[1]))[name]
+    assert (decision["version"], decision["decision"]) == ("2", "in Production")
+    assert (aliased(name), stages(name)) == ("2", {"1": "Archived", "2": "Production"})
+
+
+@pytest.mark.parametrize("call", CALLS[1:])
+def test_cell_without_a_line_is_an_error_for_a_first_and_an_archived_version(name, shop, call):
+    candidates, checks = check(name, shop, shop.good[0])
+    with pytest.raises(registry.RegistryError, match=f"lacks {call}"):
+        promote_without(candidates[name], checks, call)
+    assert registry.production_version(name) is None
+    assert stages(name) == {"1": "None"}
+    for run in shop.good[:2]:
+        try_to_promote(name, shop, run)
+    with pytest.raises(registry.RegistryError, match=f"lacks {call}"):
+        promote_without(candidates[name], *check(name, shop, shop.good[0])[1:], call)
+    assert (aliased(name), stages(name)) == ("2", {"1": "Archived", "2": "Production"})
+
+
+def test_cell_that_does_not_ask_whether_promotion_is_due_is_an_error(name, shop):
+    try_to_promote(name, shop, shop.good[0])
+    candidates, checks = check(name, shop, shop.weak)
+    for missing in ((), CALLS[1:2], CALLS[2:]):
+        with pytest.raises(registry.RegistryError, match="failed a check"):
+            promote_without(candidates[name], checks, "promotion.due", *missing)
+        assert (aliased(name), stages(name)) == ("1", {"1": "Production", "2": "None"})
+    with pytest.raises(registry.RegistryError, match="lacks register_model"):
+        promote_without(Candidate(name, shop.good[2], shop.split), checks, *CALLS)
+
+
+@pytest.mark.parametrize("error", [MlflowException("the disk is full"), KeyboardInterrupt()])
+def test_error_and_interrupt_in_the_cell_are_undone(name, shop, error):
+    try_to_promote(name, shop, shop.good[0])
+    candidates, checks = check(name, shop, shop.good[1])
+    with pytest.raises(type(error)):
+        promote_without(candidates[name], checks, broken=error)
+    assert (aliased(name), stages(name)) == ("1", {"1": "Production", "2": "None"})
+    assert registry.history(name)["result"].iloc[0] in ("FAILED", "KILLED")
+    assert registry.history(name)["to_version"].iloc[0] == "2"
+
+
+def test_error_does_not_undo_what_somebody_else_promoted_meanwhile(name, shop):
+    try_to_promote(name, shop, shop.good[0])
+    candidates, checks = check(name, shop, shop.good[1])
+    other = mlflow.register_model(Candidate(name, shop.good[2], shop.split).model_uri, name)
+    with (
+        pytest.raises(MlflowException, match="the disk is full"),
+        registry.promoting(candidates[name], checks) as promotion,
+    ):
+        assert promotion.due
+        registry.promote(name, other.version, "meanwhile")
+        mlflow.start_run()
+        raise MlflowException("the disk is full")
+    assert (aliased(name), stages(name)) == ("2", {"1": "Archived", "2": "Production"})
+
+
+def test_candidate_is_checked_again_where_production_changed_since(name, shop, capsys):
+    candidates, checks = check(name, shop, shop.weak)
+    assert failed(checks.loc[name]) == []
+    try_to_promote(name, shop, shop.good[0])
+    decision = run_cell(candidates, checks)[name]
+    assert "version 1 went into Production meanwhile; checked again" in capsys.readouterr().out
+    assert_not_promoted(name, decision)
+
+
+def test_what_mlflow_says_about_a_new_version_is_no_error(name, shop, capfd):
+    try_to_promote(name, shop, shop.good[0])
+    shown = capfd.readouterr()
+    assert f"Created version '1' of model '{name}'" in shown.out
+    assert "Created" not in shown.err
+
+
 # --- behaviour and robustness ------------------------------------------------------------------
 
 
@@ -213,6 +343,30 @@ def test_min_robustness_blocks_promotion(name, shop, holds, wanted, refused):
         {name: candidate}, shop.baseline, Rules(min_robustness=wanted)
     )
     assert failed(checks.loc[name]) == (["robustness"] if refused else [])
+
+
+def colour(checks, name):
+    return registry.colour_checks(checks.loc[name])[0].removeprefix("color: ")
+
+
+def test_check_that_cannot_fail_is_grey(name, shop):
+    columns = np.array([1.0, np.nan] * 5)
+    measured = robustness.Robustness(10, columns, pd.Series(dtype=float), 10)
+    candidate = Candidate(name, shop.good[0], shop.split, measured)
+    checks = registry.check_candidate(candidate, shop.baseline)
+    assert checks["finding"]["robustness"] == "no condition: 50% of 10 attacked rows hold"
+    grey = {check for check in checks.index if colour(checks, check) == "grey"}
+    assert grey == {
+        "minimum functionality",
+        "direction",
+        "robustness",
+        "may replace Production",
+        "not worse than Production",
+    }
+    assert colour(checks, "interface") == registry.COLOURS["good"]
+    for wanted, expected in ((0.4, "good"), (0.6, "bad")):
+        checks = registry.check_candidate(candidate, shop.baseline, Rules(min_robustness=wanted))
+        assert colour(checks, "robustness") == registry.COLOURS[expected]
 
 
 def test_min_robustness_needs_a_measurement(name, shop):
@@ -628,7 +782,7 @@ def learned(name, small_frame):
     frame["Target"] = partly_shuffled(frame["Target"], 0.4)
     split = split_of(frame.head(240))
     run = log_run(split, learner(split), with_rows=True)
-    version = registry.register(Candidate(name, run, split), pd.DataFrame({"passed": [True]}))
+    version = mlflow.register_model(Candidate(name, run, split).model_uri, name)
     registry.promote(name, version.version, "first")
     return SimpleNamespace(name=name, frame=frame, split=split, run=run)
 
@@ -722,18 +876,14 @@ def test_true_or_false_column_that_is_a_category_can_be_promoted(name, small_fra
 
 def test_refused_candidate_fails_a_batch_run(name, shop, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    candidates = {name: Candidate(name, shop.useless, shop.split)}
-    checks = registry.check_candidates(candidates, shop.baseline)
-    decisions = registry.promote_candidates(candidates, checks)
+    decisions = run_cell(*check(name, shop, shop.useless))
     with pytest.raises(registry.PromotionRefusedError, match=f"{name}.*majority class"):
         registry.require_promoted(decisions)
 
 
 def test_promoted_candidate_does_not_fail_a_batch_run(name, shop, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    candidates = {name: Candidate(name, shop.good[0], shop.split)}
-    checks = registry.check_candidates(candidates, shop.baseline)
-    registry.require_promoted(registry.promote_candidates(candidates, checks))
+    registry.require_promoted(run_cell(*check(name, shop, shop.good[0])))
     assert "in Production" in capsys.readouterr().out
 
 
