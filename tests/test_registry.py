@@ -22,7 +22,6 @@ from helpers.preprocessing import make_preprocessor
 from helpers.registry import Candidate, Rules
 from helpers.workspace import MissingStepError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*Model registry stages:FutureWarning")
 
 
 def with_manifest(split, **changes):
