@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from helpers import behaviour, drift, robustness, tracking
+from helpers import behaviour, drift, plots, robustness, tracking
 from helpers.display import COLOURS, notice
 from helpers.evaluation import compute_metrics
 from helpers.workspace import MissingStepError, ProjectError, is_interactive
@@ -683,7 +683,7 @@ def _known_robustness(candidate, n_rows):
 def _log_robustness(candidate, measured):
     client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
     client.log_text(run_id, measured.to_json(), ROBUSTNESS)
-    figure = robustness.plot_robustness(measured, candidate.name)
+    figure = plots.robustness(measured, candidate.name)
     client.log_figure(run_id, figure, "robustness/robustness.png")
     for key, value in measured.metrics().items():
         client.log_metric(run_id, key, value)
