@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 
-from helpers import behaviour, drift, plots, robustness, tracking
+from helpers import behaviour, drift, robustness, tracking
 from helpers.display import COLOURS, notice
 from helpers.evaluation import compute_metrics
 from helpers.workspace import MissingStepError, ProjectError, is_interactive
@@ -681,6 +681,8 @@ def _known_robustness(candidate, n_rows):
 
 
 def _log_robustness(candidate, measured):
+    from helpers import plots
+
     client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
     client.log_text(run_id, measured.to_json(), ROBUSTNESS)
     figure = plots.robustness(measured, candidate.name)

@@ -29,7 +29,7 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from helpers import access, background, plots, server
+from helpers import access, background, server
 from helpers.display import silenced_libraries
 from helpers.evaluation import compute_metrics
 from helpers.workspace import in_colab
@@ -621,6 +621,8 @@ def evaluate_logged_model(model_info, split):
     answer : pandas.DataFrame
         The model's answer to the test rows.
     """
+    from helpers import plots  # here: the scoring server, which needs none, starts sooner
+
     answer = load_model(model_info.model_uri).predict(split.X_test)
     metrics = compute_metrics(split.y_test, answer, split.labels)
     mlflow.log_metrics(metrics, model_id=model_info.model_id)
