@@ -32,7 +32,6 @@ from helpers import access, cnn, data, model_interface, svm, tracking
 from helpers.evaluation import compute_metrics
 from helpers.preprocessing import make_preprocessor
 from helpers.workspace import ParameterError
-from tests.conftest import split_table
 
 QUICK = cnn.Settings(epochs=4, batch_size=16)
 JUMPY = cnn.Settings(epochs=40, batch_size=8, learning_rate=0.02, l2=1e-4, patience=4, seed=1)
@@ -573,7 +572,7 @@ def mixed_split(small_frame):
     frame["city"] = frame["city"].where(frame.index % 6 != 0)
     frame["width"] = frame["width"].where(frame.index % 5 != 0)
     table = data.read_table(frame.to_csv(index=False).encode(), "mixed", categorical=["course"])
-    return split_table(table)
+    return data.split_table(table)
 
 
 @pytest.mark.slow
@@ -611,7 +610,7 @@ def untidy(small_frame, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untidy")
     frame.to_csv(folder / "untidy.csv", sep=";", index=False)
     table = data.read_table((folder / "untidy.csv").read_bytes(), "untidy", categorical=["code"])
-    split = split_table(table)
+    split = data.split_table(table)
     classifier = svm.fit_best(split, 1.0, 0.1, folds=3, n_jobs=1)
     (folder / "parts").mkdir()
     tracking.save_parts(folder / "parts", split, classifier=classifier)

@@ -21,16 +21,15 @@ import time
 
 import numpy as np
 import psutil
-from matplotlib.figure import Figure
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, StratifiedKFold
 
 from helpers import data, svm
+from helpers.display import new_figure
 from helpers.kernel_parts import Work
 from helpers.kernel_search import KernelGridSearch
 from helpers.smo import Path
 from helpers.workspace import open_workspace
-from tests.conftest import split_table
 
 METHODS = ("GridSearchCV", "scikit-learn-intelex", "HalvingGridSearchCV", "KernelGridSearch")
 ROWS = (1000, 2000, 4000, 8000, 16000)
@@ -41,7 +40,7 @@ def load(table):
     """Return the split of a table, as notebook 01 makes it."""
     with tempfile.TemporaryDirectory() as folder:
         workspace = open_workspace(folder)
-        return split_table(data.load_table(table, workspace))
+        return data.split_table(data.load_table(table, workspace))
 
 
 def grow(split, n_rows, seed=0):
@@ -183,8 +182,7 @@ def growth(table, plot):
 
 def draw(found, path):
     """Draw time and memory by rows."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(1, 2, width=9, height=3.4)
     for method, results in found.items():
         left.plot(ROWS, [each["seconds"] for each in results], marker="o", label=method)
         right.plot(ROWS, [each["peak"] / 2**30 for each in results], marker="o")
