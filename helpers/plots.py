@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from helpers.evaluation import METRIC_NAMES, metrics_table
@@ -408,7 +409,9 @@ def grid_map(search) -> Figure:
     n_grid = getattr(search, "n_grid_", len(pairs))
     title = f"Mean {metric} over {search.n_splits_} folds"
     if n_grid < len(pairs):
-        _frame(axes, pairs[:n_grid], rows, columns, edgecolor="black", linewidth=2, linestyle="--")
+        look = {"edgecolor": "white", "linewidth": 2, "linestyle": "--"}
+        seen = [withStroke(linewidth=5, foreground="black")]  # on light cells as on dark ones
+        _frame(axes, pairs[:n_grid], rows, columns, **look, path_effects=seen)
         title += f": grid (dashed frame) and {len(pairs) - n_grid} pairs beyond it"
     _frame(axes, [best], rows, columns, edgecolor="red", linewidth=2.5)
     winner = f"best (red): C = {_power(best[0])}, gamma = {_power(best[1])}"
