@@ -1,7 +1,7 @@
 """The activity log of the MLflow server: who did what, and what was turned away.
 
 The server process writes one JSON line per request (`ActivityLog`); notebooks read them back
-(`read_activity`, `summarize_activity`, `plot_activity`).
+(`read_activity`, `summarize_activity`).
 """
 
 import json
@@ -171,39 +171,3 @@ def summarize_activity(activity):
     table = pd.concat([kinds, outcomes.rename(columns=titles)], axis=1)
     table.index.name, table.columns.name = "user", None
     return table
-
-
-def plot_activity(activity):
-    """Draw the requests by user and kind.
-
-    Parameters
-    ----------
-    activity : pandas.DataFrame
-        From `read_activity`.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    import pandas as pd
-
-    from helpers.display import COLOURS, new_figure
-
-    users = activity["user"].fillna("(none)")
-    counts = pd.crosstab(users, activity["kind"]).reindex(columns=KINDS, fill_value=0)
-    colours = {
-        "page": "#c7c7c7",
-        "look": COLOURS["info"],
-        "change": COLOURS["good"],
-        "artifact": "#9467bd",
-        "prediction": "#17becf",
-        "rejected": COLOURS["bad"],
-    }
-    figure, axes = new_figure(width=7, height=1.2 + 0.4 * max(len(counts), 1))
-    left = pd.Series(0, index=counts.index)
-    for kind in KINDS:
-        axes.barh(counts.index, counts[kind], left=left, color=colours[kind], label=kind)
-        left = left + counts[kind]
-    axes.set(xlabel="requests", title="Requests to the MLflow server")
-    axes.legend(frameon=False, ncols=len(KINDS), loc="upper left", bbox_to_anchor=(0, -0.35))
-    return figure

@@ -31,7 +31,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from helpers.display import COLOURS, new_figure, notice
+from helpers.display import notice
+from helpers.students import STUDENT_CATEGORICAL, STUDENT_COLUMNS
 from helpers.workspace import MissingStepError, ProjectError
 
 UCI_URL = (
@@ -41,18 +42,6 @@ UCI_URL = (
 UCI_TIMEOUT = 5  # seconds; without a network `auto` must not keep anyone waiting
 URL_TIMEOUT = 30  # seconds
 SAMPLE = Path(__file__).with_name("sample_data") / "student_outcomes_sample.csv.gz"
-
-STUDENT_CATEGORICAL = (
-    "Marital status",
-    "Application mode",
-    "Course",
-    "Previous qualification",
-    "Nacionality",
-    "Mother's qualification",
-    "Father's qualification",
-    "Mother's occupation",
-    "Father's occupation",
-)
 
 MISSING = ("", "NA", "N/A", "#N/A", "NaN", "nan", "NULL", "null")
 # How pandas reads every CSV of the series, whatever its delimiter.
@@ -107,6 +96,24 @@ class Table:
     header: dict = field(default_factory=dict)
 
     @property
+    def features(self) -> pd.DataFrame:
+        """All columns but the target."""
+        return self.frame.drop(columns=self.target)
+
+    @property
+    def labels(self) -> pd.Series:
+        """The target column: int64 or text."""
+        return self.frame[self.target]
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What the columns of the students' table mean; empty for any other table."""
+        known = [name for name in self.frame.columns if name in STUDENT_COLUMNS]
+        if len(known) <= self.frame.shape[1] / 2:
+            return {}
+        return {name: STUDENT_COLUMNS[name] for name in known}
+
+    @property
     def synthetic(self):
         """Whether this is the bundled synthetic sample."""
         return self.source == "sample"
@@ -157,6 +164,29 @@ class Split:
     def labels(self):
         """Class labels, sorted."""
         return list(self.manifest["classes"])
+
+    def encode(self, y) -> np.ndarray:
+        """Return the positions of labels in `labels`.
+
+        Parameters
+        ----------
+        y : array-like, shape (n_rows,)
+            Labels as in the CSV.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_rows,), int64
+
+        Raises
+        ------
+        DataError
+            If one of them is no label of this split.
+        """
+        codes = pd.Index(self.labels).get_indexer(pd.Index(y)).astype("int64")
+        if (codes < 0).any():
+            unknown = pd.Index(y)[codes < 0].tolist()[0]
+            raise DataError(f"{unknown!r} is no class of the prepared data: {self.labels}.")
+        return codes
 
 
 # --- fetching ---------------------------------------------------------------------------------
@@ -721,8 +751,9 @@ def describe_columns(table):
     Returns
     -------
     pandas.DataFrame
-        One row per column: role, type, missing values, distinct values, smallest, median and
-        largest value, and a remark where a column deserves a look.
+        One row per column: its meaning (of the students' table only), role, type, missing values,
+        distinct values, smallest, median and largest value, and a remark where a column deserves
+        a look.
     """
     rows = []
     for name, column in table.frame.items():
@@ -746,7 +777,11 @@ def describe_columns(table):
                 "remark": remark,
             }
         )
-    return pd.DataFrame(rows).set_index("column")
+    described = pd.DataFrame(rows).set_index("column")
+    if table.meanings:
+        meanings = [table.meanings.get(name, "") for name in described.index]
+        described.insert(0, "meaning", meanings)
+    return described
 
 
 def check_table(table):
@@ -773,126 +808,22 @@ def check_table(table):
         "classes": ", ".join(f"{label}: {count:,}" for label, count in counts.items()),
         "majority class": f"{counts.max() / len(frame):.1%} of the rows",
         "source": table.source + (" (SYNTHETIC)" if table.synthetic else ""),
-        "digest": table.digest[:16] + "…",
+        "digest": table.digest,
     }
     return pd.DataFrame({"finding": findings}).rename_axis("check")
-
-
-def plot_class_balance(table):
-    """Draw the number of rows of each class.
-
-    Parameters
-    ----------
-    table : Table
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    counts = table.frame[table.target].value_counts()
-    figure, axes = new_figure(width=6, height=0.6 + 0.45 * len(counts))
-    bars = axes.barh([str(label) for label in counts.index], counts, color=COLOURS["info"])
-    axes.bar_label(bars, [f"{n:,} ({n / counts.sum():.0%})" for n in counts], padding=4)
-    axes.set(xlabel="rows", title="Class balance")
-    axes.margins(x=0.18)
-    axes.invert_yaxis()
-    return figure
-
-
-def _most_telling(table, most):
-    """Return the numeric features whose class means differ most, in units of their spread."""
-    features = table.frame[list(table.numeric)].astype(float)
-    means = features.groupby(table.frame[table.target]).mean()
-    spread = features.std().replace(0, np.nan)
-    order = ((means.max() - means.min()) / spread).fillna(0).sort_values(ascending=False)
-    return list(order.index[:most])
-
-
-def plot_numeric_by_class(table, most=12):
-    """Draw numeric features by class: box plots, or the share of ones for 0/1 columns.
-
-    Parameters
-    ----------
-    table : Table
-    most : int
-        At most so many features, those whose class means differ most.
-
-    Returns
-    -------
-    matplotlib.figure.Figure or None
-        None if the table has no numeric feature.
-    """
-    names = _most_telling(table, most)
-    if not names:
-        return None
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = new_figure(
-        rows, columns, width=2.9 * columns, height=0.6 + 2.1 * rows, squeeze=False
-    )
-    groups = list(table.frame.groupby(table.target))
-    for axis, name in zip(axes.flat, names, strict=False):
-        values = [group[name].dropna().astype(float) for _, group in groups]
-        if set(table.frame[name].dropna().unique()) <= {0, 1}:
-            # A box plot of zeros and ones shows nothing; the share of ones does.
-            shares = [column.mean() for column in values]
-            axis.bar(range(1, len(groups) + 1), shares, width=0.6, color=COLOURS["info"])
-            axis.set(ylim=(0, 1), ylabel="share of 1")
-        else:
-            axis.boxplot(values, widths=0.6, flierprops={"markersize": 2})
-        axis.set_xticks(range(1, len(groups) + 1), [str(label) for label, _ in groups])
-        axis.set_title(name if len(name) < 40 else name[:38] + "…", fontsize=7.5)
-        axis.tick_params(labelsize=7, axis="both")
-        if len(groups) > 4:
-            axis.tick_params(axis="x", rotation=90)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    figure.suptitle("Numeric features by class, the most telling first")
-    return figure
-
-
-def plot_correlations(table):
-    """Draw the correlation matrix of the numeric features (Spearman's rank correlation).
-
-    Parameters
-    ----------
-    table : Table
-
-    Returns
-    -------
-    matplotlib.figure.Figure or None
-        None if the table has fewer than two numeric features.
-    """
-    if len(table.numeric) < 2:
-        return None
-    matrix = table.frame[list(table.numeric)].astype(float).corr(method="spearman")
-    side = 3 + 0.22 * len(matrix)
-    figure, axes = new_figure(width=side + 1, height=side)
-    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
-    axes.set_xticks(range(len(matrix)), matrix.columns, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(matrix)), matrix.columns, fontsize=7)
-    axes.set_title("Correlation of the numeric features (Spearman)")
-    figure.colorbar(image, ax=axes, shrink=0.7)
-    return figure
 
 
 # --- splitting and saving ---------------------------------------------------------------------
 
 
-def split_table(table, test_size=0.3, seed=0):
-    """Split a table into training and test rows, stratified by class.
+def check_split(table: Table, test_size: float) -> None:
+    """Check that a table can be split by class.
 
     Parameters
     ----------
     table : Table
     test_size : float
         Share of test rows.
-    seed : int
-        The same seed gives the same rows.
-
-    Returns
-    -------
-    Split
 
     Raises
     ------
@@ -900,10 +831,7 @@ def split_table(table, test_size=0.3, seed=0):
         If a class has too few rows to stand in both parts and in every fold of the training
         rows.
     """
-    from sklearn.model_selection import train_test_split
-
-    y = table.frame[table.target]
-    counts = y.value_counts()
+    counts = table.labels.value_counts()
     needed = int(np.ceil(max((MIN_TRAIN_ROWS + 0.5) / (1 - test_size), 1.5 / test_size)))
     few = counts[counts < needed]
     if len(few):
@@ -913,10 +841,33 @@ def split_table(table, test_size=0.3, seed=0):
             f"least {needed} rows with TEST_SIZE = {test_size:g}. Collect more, or merge or "
             "remove the class."
         )
-    X = table.frame.drop(columns=table.target)
-    X_train, X_test, y_train, y_test = train_test_split(
-        X, y, test_size=test_size, stratify=y, random_state=seed
-    )
+
+
+def make_split(
+    table: Table,
+    X_train: pd.DataFrame,
+    X_test: pd.DataFrame,
+    y_train: pd.Series,
+    y_test: pd.Series,
+    test_size: float,
+    seed: int,
+) -> Split:
+    """Note what a split is, so that models can tell which rows they have seen.
+
+    Parameters
+    ----------
+    table : Table
+        What was split.
+    X_train, X_test, y_train, y_test
+        As `sklearn.model_selection.train_test_split` returns them, with the table's index.
+    test_size, seed
+        How it was split.
+
+    Returns
+    -------
+    Split
+    """
+    counts = table.labels.value_counts()
     manifest = {
         "source": table.source,
         "synthetic": table.synthetic,
@@ -925,12 +876,12 @@ def split_table(table, test_size=0.3, seed=0):
         "train_rows": len(X_train),
         "test_rows": len(X_test),
         "target": table.target,
-        "columns": {name: str(dtype) for name, dtype in X.dtypes.items()},
+        "columns": {name: str(dtype) for name, dtype in X_train.dtypes.items()},
         "categorical": list(table.categorical),
         "numeric": list(table.numeric),
         "drop": list(table.dropped),
         "header": table.header,
-        "classes": sorted(y.unique().tolist()),
+        "classes": sorted(counts.index.tolist()),
         "class_counts": {str(label): int(count) for label, count in counts.sort_index().items()},
         "test_size": test_size,
         "seed": seed,
@@ -1017,7 +968,7 @@ def save_split(split, workspace):
     Parameters
     ----------
     split : Split
-        As made by `split_table`.
+        As made by `make_split`.
     workspace : Workspace
 
     Returns

@@ -1,12 +1,12 @@
-"""What a notebook shows besides tables: notices, and one look for all plots."""
+"""What a notebook shows besides tables and pictures: notices and progress."""
 
 import html
+import io
 import os
 import sys
 from contextlib import contextmanager
 
-import matplotlib
-from matplotlib.figure import Figure
+from tqdm import tqdm
 
 STDERR = 2  # number of the error stream
 COLOURS = {"info": "#1f77b4", "good": "#2ca02c", "warning": "#ff7f0e", "bad": "#d62728"}
@@ -16,6 +16,68 @@ def _in_notebook():
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return getattr(shell, "kernel", None) is not None
+
+
+def set_up() -> None:
+    """Have tables show texts in full and pictures appear below their cell.
+
+    Texts from outside stay as they are: nothing between two dollar signs becomes a formula.
+    """
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", None, "display.html.use_mathjax", False)
+    if _in_notebook():
+        from IPython import get_ipython
+
+        get_ipython().run_line_magic("matplotlib", "inline")
+
+
+class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
+    """A bar that stays one line: in a notebook an output that is updated in place.
+
+    tqdm writes to the error stream, whose every step an executed notebook keeps.
+
+    Parameters
+    ----------
+    total : int, optional
+        Steps to do.
+    desc : str, optional
+        What is being done.
+    unit : str
+        What a step is.
+    initial : int
+        Steps that are done already.
+    **options
+        Of `tqdm.tqdm`.
+    """
+
+    def __init__(
+        self,
+        total: int | None = None,
+        desc: str | None = None,
+        unit: str = "it",
+        initial: int = 0,
+        **options,
+    ):
+        self._handle, self._shown = None, _in_notebook()
+        if self._shown:
+            # What moves a terminal's cursor is for nobody.
+            options |= {"file": io.StringIO(), "ascii": False}
+        options = {"total": total, "desc": desc, "unit": unit, "initial": initial, **options}
+        super().__init__(**{"ncols": 90, "mininterval": 0.5, **options})
+
+    def display(self, msg=None, pos=None):
+        """Show the line as it is now."""
+        if not self._shown:
+            super().display(msg, pos)
+            return
+        from IPython.display import display
+
+        line = {"text/plain": str(self) if msg is None else msg}
+        if self._handle is None:
+            self._handle = display(line, raw=True, display_id=True)
+        else:
+            self._handle.update(line, raw=True)
 
 
 @contextmanager
@@ -48,40 +110,10 @@ def notice(text, level="info"):
     if not _in_notebook():
         print(text, flush=True)
         return
-    from IPython.display import HTML, display
+    from IPython.display import display
 
     style = f"border-left: 6px solid {COLOURS[level]}; padding: 0.4em 0.8em; margin: 0.4em 0"
     body = html.escape(text).replace("\n", "<br>")
-    display(
-        {"text/html": HTML(f'<div style="{style}">{body}</div>').data, "text/plain": text}, raw=True
-    )
-
-
-def new_figure(rows=1, columns=1, width=6.0, height=4.0, **options):
-    """Make a figure with the series' fonts and sizes.
-
-    Parameters
-    ----------
-    rows, columns : int
-        Number of axes.
-    width, height : float
-        Size of the whole figure in inches.
-    **options
-        Passed to `matplotlib.figure.Figure.subplots`.
-
-    Returns
-    -------
-    figure : matplotlib.figure.Figure
-    axes : matplotlib.axes.Axes or numpy.ndarray of Axes
-    """
-    style = {
-        "font.size": 10,
-        "axes.titlesize": 11,
-        "axes.labelsize": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
-        # Not by way of pyplot, which would show the figure a second time and keep it in memory.
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, **options)
+    # The classes keep MathJax from taking "$" for a formula.
+    page = f'<div class="tex2jax_ignore mathjax_ignore" style="{style}">{body}</div>'
+    display({"text/html": page, "text/plain": text}, raw=True)

@@ -4,14 +4,19 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import (
     accuracy_score,
-    confusion_matrix,
     log_loss,
     precision_recall_fscore_support,
     roc_auc_score,
 )
 
-from helpers.display import new_figure
-
+METRIC_NAMES = {  # where a person reads them
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "log_loss": "log loss",
+    "roc_auc_ovr": "ROC AUC, one class against the rest",
+    "calibration_error": "calibration error",
+    "drifted_columns": "drifted columns",
+}
 HEADLINE = ("accuracy", "f1_macro", "log_loss", "roc_auc_ovr")
 
 
@@ -144,60 +149,3 @@ def metrics_table(metrics, names=None):
     """
     table = pd.DataFrame(metrics)
     return table.loc[list(names)] if names else table
-
-
-def plot_confusion_matrix(y_true, y_pred, labels, title="Confusion matrix"):
-    """Draw the confusion matrix: counts, coloured by the share of the true class.
-
-    Parameters
-    ----------
-    y_true, y_pred : array-like, shape (n_rows,)
-    labels : sequence
-    title : str
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    counts = confusion_matrix(y_true, y_pred, labels=labels)
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    side = 2.2 + 0.75 * len(labels)
-    figure, axes = new_figure(width=side + 0.8, height=side)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(counts):
-        colour = "white" if shares[i, j] > 0.5 else "black"
-        text = f"{count}\n{shares[i, j]:.0%}" if len(labels) <= 8 else str(count)
-        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
-    names = [str(label) for label in labels]
-    axes.set_xticks(range(len(labels)), names, rotation=30, ha="right")
-    axes.set_yticks(range(len(labels)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    return figure
-
-
-def plot_comparison(metrics, names=("accuracy", "f1_macro", "roc_auc_ovr")):
-    """Draw the metrics of several models side by side.
-
-    Parameters
-    ----------
-    metrics : dict of str to dict
-        Metrics by model.
-    names : sequence of str
-        Metrics between 0 and 1.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    table = metrics_table(metrics, names)
-    figure, axes = new_figure(width=7.5, height=3.6)
-    width = 0.8 / len(table.columns)
-    for number, (model, values) in enumerate(table.items()):
-        places = np.arange(len(table)) + (number - (len(table.columns) - 1) / 2) * width
-        bars = axes.bar(places, values, width * 0.92, label=model)
-        axes.bar_label(bars, fmt="%.3f", fontsize=7, padding=2)
-    axes.set_xticks(range(len(table)), table.index)
-    axes.set(ylim=(0, 1.08), title="Test rows: candidates, Production and baseline")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return figure

@@ -20,7 +20,7 @@ import requests
 from mlflow.exceptions import MlflowException
 
 from helpers import access, registry, scored_rows, tracking
-from helpers.display import COLOURS, new_figure, notice
+from helpers.display import notice
 from helpers.drift import (
     DriftRule,
     calibration,
@@ -583,54 +583,6 @@ def rehearse(models, split, seed=0):
         findings += check_unlabelled(rows, answers, reference)[0]
         found += [(name, each.message) for each in findings]
     return pd.DataFrame(found, columns=["model", "message"])
-
-
-def plot_periods(report):
-    """Draw accuracy, macro F1 and drifted columns over time, with what was promised.
-
-    Parameters
-    ----------
-    report : Report
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    shown = {
-        "accuracy": ("accuracy", 1.0),
-        "f1_macro": ("macro F1", 1.0),
-        "calibration_error": ("calibration error", 0.2),
-        "drifted_columns": ("drifted columns", 5),
-    }
-    figure, axes = new_figure(1, len(shown), width=12, height=3.6)
-    for axis, (metric, (title, top)) in zip(axes, shown.items(), strict=True):
-        _plot_metric(axis, report, metric)
-        axis.set(title=title, ylim=(0, max(top, 1.05 * axis.get_ylim()[1])))
-    handles, labels = axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle("Production over time (dotted: at promotion)")
-    return figure
-
-
-def _plot_metric(axis, report, metric):
-    """Draw one metric of every version, period after period."""
-    if metric not in report.periods:
-        return
-    periods = report.periods.sort_values("start")["period"].unique().tolist()
-    colours = list(COLOURS.values())
-    groups = report.periods.groupby(["model", "version"])
-    for number, ((model, version), part) in enumerate(groups):
-        title, colour = f"{model} version {version}", colours[number % len(colours)]
-        places = [periods.index(period) for period in part["period"]]
-        axis.plot(places, part[metric], "o-", color=colour, label=title)
-        promised = report.references[f"{model} {version}"].get(metric)
-        if promised is not None:
-            axis.axhline(promised, color=colour, linestyle=":")
-    # At most some eight of them are legible.
-    ticks = range(0, len(periods), 1 + len(periods) // 8)
-    axis.set_xticks(ticks, [periods[tick] for tick in ticks], rotation=30, ha="right")
-    axis.set_xlim(-0.5, len(periods) - 0.5)
 
 
 # --- the command line -------------------------------------------------------------------------

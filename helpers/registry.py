@@ -611,9 +611,11 @@ def _known_robustness(candidate, n_rows):
 
 
 def _log_robustness(candidate, measured):
+    from helpers import plots
+
     client, run_id = mlflow.MlflowClient(), candidate.run.info.run_id
     client.log_text(run_id, measured.to_json(), ROBUSTNESS)
-    figure = robustness.plot_robustness(measured, candidate.name)
+    figure = plots.robustness(measured, candidate.name)
     client.log_figure(run_id, figure, "robustness/robustness.png")
     for key, value in measured.metrics().items():
         client.log_metric(run_id, key, value)

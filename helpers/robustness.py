@@ -20,9 +20,8 @@ from functools import cache
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
-from helpers.display import COLOURS, new_figure
+from helpers.display import progress
 
 N_ROWS = 40  # test rows that are attacked
 STEP = 0.05  # of a column's observed range, per step
@@ -73,6 +72,11 @@ class Robustness:
     def one_column_rate(self):
         """Share of the rows whose answer flipped by a change of one column."""
         return float(np.mean(self.columns == 1))
+
+    def flipped(self) -> pd.Series:
+        """Return the share of answers flipped, by the number of columns changed at most."""
+        numbers = range(1, MOST_COLUMNS + 1)
+        return pd.Series({number: np.mean(self.columns <= number) for number in numbers})
 
     def metrics(self):
         """Return the metrics to log, a dict of str to float."""
@@ -200,7 +204,7 @@ def measure(model, split, n_rows=N_ROWS, seed=0):
     limits = (ranges.min().to_numpy("float64"), ranges.max().to_numpy("float64"))
     whole = np.array([ranges[name].dtype.kind in "iu" for name in columns])
     counts, flips = np.full(len(chosen), np.nan), np.zeros(len(columns))
-    bar = tqdm(chosen, desc="Attacking", unit="row", ncols=100, mininterval=1)
+    bar = progress(iterable=chosen, total=len(chosen), desc="Attacking", unit="row")
     for number, position in enumerate(bar):
         frame = split.X_test.iloc[[position]].reset_index(drop=True)
         row = _Row(
@@ -254,28 +258,3 @@ def robustness_table(results):
     """
     rows = {name: result.metrics() for name, result in results.items()}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model").round(3)
-
-
-def plot_robustness(robustness, title):
-    """Draw how many answers flip with how few changed columns, and which columns.
-
-    Parameters
-    ----------
-    robustness : Robustness
-    title : str
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    figure, (left, right) = new_figure(1, 2, width=10, height=3.6)
-    numbers = np.arange(1, MOST_COLUMNS + 1)
-    shares = [np.mean(robustness.columns <= number) for number in numbers]
-    left.bar(numbers, shares, color=COLOURS["info"])
-    left.set(xlabel="columns changed, at most", ylabel="share of answers flipped", ylim=(0, 1))
-    most = robustness.flips.sort_values().tail(8)
-    right.barh(most.index, most, color=COLOURS["warning"])
-    right.set(xlabel="share of the flips that change it", xlim=(0, 1))
-    limit = f"{LARGEST:.0%} of its range"
-    figure.suptitle(f"{title}: {robustness.n_rows} rows, each column by at most {limit}")
-    return figure

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import pandas as pd
 import requests
-from tqdm import tqdm
 
 from helpers import access, background, registry, tracking
 from helpers.data import CsvChunks, DataError
-from helpers.display import notice
+from helpers.display import notice, progress
 from helpers.workspace import ProjectError, atomic_path, open_workspace
 
 PORT = 5001
@@ -399,7 +398,7 @@ def score_csv(server, model, source, output, keep=(), chunk_rows=CHUNK_ROWS, rec
 
 def _bar(source):
     size = source.stat().st_size
-    return tqdm(total=size, desc=source.name, unit="B", unit_scale=True, ncols=100, mininterval=1)
+    return progress(size, source.name, "B", unit_scale=True)
 
 
 def _score_chunk(server, model, chunk, keep, first, session, record):

@@ -31,7 +31,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from helpers import access, background, server
 from helpers.display import silenced_libraries
-from helpers.evaluation import compute_metrics, plot_confusion_matrix
+from helpers.evaluation import compute_metrics
 from helpers.workspace import in_colab
 
 INTERFACE = Path(__file__).with_name("model_interface.py")
@@ -621,10 +621,12 @@ def evaluate_logged_model(model_info, split):
     answer : pandas.DataFrame
         The model's answer to the test rows.
     """
+    from helpers import plots  # here: the scoring server, which needs none, starts sooner
+
     answer = load_model(model_info.model_uri).predict(split.X_test)
     metrics = compute_metrics(split.y_test, answer, split.labels)
     mlflow.log_metrics(metrics, model_id=model_info.model_id)
     title = f"Confusion matrix, {len(answer):,} test rows"
-    figure = plot_confusion_matrix(split.y_test, answer["prediction"], split.labels, title)
+    figure = plots.confusion_matrix(split.y_test, answer["prediction"], split.labels, title)
     log_figure(figure, "confusion_matrix/confusion_matrix.png")
     return metrics, answer

@@ -8,6 +8,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.model_selection import train_test_split
 
 from helpers import data, server, tracking
 from helpers.workspace import PROJECT_ROOT, open_workspace
@@ -45,6 +46,14 @@ def _no_tracking_uri(_no_team_server):
         os.environ.pop(name, None)
     yield
     os.environ.pop(URI, None)
+
+
+def split_table(table, test_size=0.3, seed=0):
+    """Split a table as notebook 01 does."""
+    data.check_split(table, test_size)
+    X, y = table.features, table.labels
+    parts = train_test_split(X, y, test_size=test_size, stratify=y, random_state=seed)
+    return data.make_split(table, *parts, test_size, seed)
 
 
 @pytest.fixture
@@ -99,7 +108,7 @@ def small_split(tmp_path_factory):
     path = folder / "small.csv"
     make_small_frame().to_csv(path, index=False)
     table = data.load_table(str(path), open_workspace(folder / "ws"), categorical=["course"])
-    return data.split_table(table)
+    return split_table(table)
 
 
 @pytest.fixture(scope="session")
@@ -150,4 +159,4 @@ def big_split(tmp_path_factory):
     path = folder / "big.csv"
     make_small_frame(1500).to_csv(path, index=False)
     table = data.load_table(str(path), open_workspace(folder / "ws"), categorical=["course"])
-    return data.split_table(table)
+    return split_table(table)

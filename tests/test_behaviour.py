@@ -6,16 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import behaviour, data, robustness
+from helpers import behaviour, data, plots, robustness
 from helpers.behaviour import BehaviourError
 from helpers.workspace import open_workspace
+from tests.conftest import split_table
 
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory):
     """The split of the bundled sample."""
     workspace = open_workspace(tmp_path_factory.mktemp("students") / "ws")
-    return data.split_table(data.load_table("sample", workspace))
+    return split_table(data.load_table("sample", workspace))
 
 
 class Rule:
@@ -173,7 +174,7 @@ def test_what_was_measured_is_read_back(small_split):
     again = robustness.Robustness.from_json(result.to_json())
     assert json.loads(again.to_json()) == json.loads(result.to_json())
     assert again.metrics() == result.metrics()
-    assert len(robustness.plot_robustness(again, "a model").axes) == 2
+    assert len(plots.robustness(again, "a model").axes) == 2
 
 
 def test_table_without_numbers_is_not_attacked(small_split):

@@ -24,6 +24,7 @@ from helpers.workspace import (
     check_parameters,
     open_workspace,
 )
+from tests.conftest import split_table
 
 
 def as_csv(frame, **options):
@@ -94,6 +95,18 @@ def test_real_variant_is_read_with_clean_header_and_nine_categories(
     copy = read_table(as_csv(table.frame, sep=other), "copy")
     assert copy.digest == table.digest
     assert not table.synthetic
+    meanings = data.describe_columns(table)["meaning"]
+    assert list(meanings.index) == list(table.frame.columns)
+    assert meanings.str.len().min() > 10
+    assert meanings["Gender"] == "1 male, 0 female"
+
+
+def test_meanings_are_those_of_both_real_variants_and_no_more(real_data):
+    names = set()
+    for file in ("kaggle_students.csv", "uci697.csv"):
+        names |= set(read_table((real_data / file).read_bytes(), file).frame.columns)
+    assert names == set(data.STUDENT_COLUMNS)
+    assert len(names) == 37
 
 
 def test_bundled_sample_says_that_it_is_synthetic_and_has_the_students_columns(workspace):
@@ -101,7 +114,7 @@ def test_bundled_sample_says_that_it_is_synthetic_and_has_the_students_columns(w
     assert table.synthetic
     assert set(table.categorical) == set(data.STUDENT_CATEGORICAL)
     assert set(table.frame["Target"]) == {"Dropout", "Enrolled", "Graduate"}
-    split = data.split_table(table)
+    split = split_table(table)
     assert split.manifest["synthetic"] is True
     assert split.manifest["source"] == "sample"
 
@@ -256,7 +269,7 @@ def test_true_and_false_with_gaps_stay_booleans(small_frame, workspace):
     known = table.frame["debtor"].dropna().astype(bool)
     assert known.tolist() == (frame["length"] > 1.5)[known.index].tolist()
     assert "debtor" in table.numeric
-    split = data.split_table(table)
+    split = split_table(table)
     data.save_split(split, workspace)
     pd.testing.assert_frame_equal(data.load_split(workspace).X_train, split.X_train)
 
@@ -305,7 +318,7 @@ def test_labels_stay_as_in_the_csv(small_frame, workspace, written, read):
     table = read_table(as_csv(frame), "labels")
     assert sorted(table.frame["Target"].unique().tolist(), key=str) == sorted(read, key=str)
     assert table.frame["Target"].dtype == ("int64" if isinstance(read[0], int) else object)
-    split = data.split_table(table)
+    split = split_table(table)
     data.save_split(split, workspace)
     assert data.load_split(workspace).labels == sorted(read)
     assert set(data.load_split(workspace).y_test) == set(read)
@@ -318,7 +331,7 @@ def test_split_keeps_the_share_of_each_class_and_every_row(small_frame):
     frame = small_frame()
     frame = pd.concat([frame, frame[frame["Target"] == "low"]], ignore_index=True)
     table = read_table(as_csv(frame), "split")
-    split = data.split_table(table, test_size=0.3)
+    split = split_table(table, test_size=0.3)
     assert len(split.X_test) == round(0.3 * len(frame))
     for label in ("high", "low", "middle"):
         share = (frame["Target"] == label).mean()
@@ -332,7 +345,7 @@ def test_split_keeps_the_share_of_each_class_and_every_row(small_frame):
 
 def test_same_seed_gives_same_rows_and_another_seed_others(small_frame):
     table = read_table(as_csv(small_frame()), "seed")
-    first, again, other = (data.split_table(table, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (split_table(table, seed=seed) for seed in (0, 0, 1))
     assert first.X_test.index.tolist() == again.X_test.index.tolist()
     assert first.manifest == again.manifest
     assert set(first.X_test.index) != set(other.X_test.index)
@@ -342,7 +355,7 @@ def test_same_seed_gives_same_rows_and_another_seed_others(small_frame):
 def test_other_roles_or_another_target_give_another_split_digest(small_frame):
     content = as_csv(small_frame())
     options = [{}, {"categorical": ["course"]}, {"categorical": ["age"]}, {"target": "city"}]
-    manifests = [data.split_table(read_table(content, "x", **o)).manifest for o in options]
+    manifests = [split_table(read_table(content, "x", **o)).manifest for o in options]
     assert len({manifest["split_digest"] for manifest in manifests}) == len(options)
     assert len({manifest["digest"] for manifest in manifests}) == 1
 
@@ -350,7 +363,7 @@ def test_other_roles_or_another_target_give_another_split_digest(small_frame):
 def test_manifest_says_what_the_split_is(small_csv, workspace):
     path = small_csv()
     table = data.load_table(str(path), workspace, categorical=["course"])
-    manifest = data.split_table(table, test_size=0.2, seed=7).manifest
+    manifest = split_table(table, test_size=0.2, seed=7).manifest
     assert manifest["source"] == str(path)
     assert manifest["digest"] == table.digest
     assert (manifest["rows"], manifest["train_rows"], manifest["test_rows"]) == (150, 120, 30)
@@ -359,12 +372,24 @@ def test_manifest_says_what_the_split_is(small_csv, workspace):
     assert (manifest["seed"], manifest["test_size"], manifest["synthetic"]) == (7, 0.2, False)
 
 
+@pytest.mark.parametrize("labels", [["high", "low", "middle"], [-1, 7, 10]])
+def test_labels_are_encoded_as_their_positions(small_frame, labels):
+    frame = small_frame()
+    frame["Target"] = frame["Target"].map(dict(zip(["high", "low", "middle"], labels, strict=True)))
+    split = split_table(read_table(as_csv(frame), "encoded"))
+    codes = split.encode(split.y_test)
+    assert codes.dtype == np.int64
+    assert [split.labels[code] for code in codes] == split.y_test.tolist()
+    with pytest.raises(DataError, match="'other' is no class"):
+        split.encode(["other"])
+
+
 # --- saving and loading ------------------------------------------------------------------------
 
 
 def test_saved_split_is_loaded_back_the_same_with_types_and_missing_values(wide, workspace):
     wide["debtor"] = wide["age"] > 30
-    split = data.split_table(read_table(as_csv(wide), "round trip", categorical=["course"]))
+    split = split_table(read_table(as_csv(wide), "round trip", categorical=["course"]))
     data.save_split(split, workspace)
     back = data.load_split(workspace)
     pd.testing.assert_frame_equal(back.X_train, split.X_train)
@@ -388,17 +413,17 @@ def saved_files(workspace):
 
 def test_saving_the_same_split_again_touches_nothing(small_frame, workspace):
     content = as_csv(small_frame())
-    data.save_split(data.split_table(read_table(content, "same")), workspace)
+    data.save_split(split_table(read_table(content, "same")), workspace)
     before = saved_files(workspace)
     assert set(before) == set(data.SPLIT_FILES)
-    data.save_split(data.split_table(read_table(content, "same")), workspace)
+    data.save_split(split_table(read_table(content, "same")), workspace)
     assert saved_files(workspace) == before
     assert not (workspace.data / "previous").exists()
 
 
 def test_another_split_keeps_the_previous_one(small_frame, workspace):
     table = read_table(as_csv(small_frame()), "previous")
-    first, second = (data.split_table(table, seed=seed) for seed in (0, 1))
+    first, second = (split_table(table, seed=seed) for seed in (0, 1))
     data.save_split(first, workspace)
     before = {name: content for name, (content, _) in saved_files(workspace).items()}
     data.save_split(second, workspace)
@@ -413,7 +438,7 @@ def test_no_replaced_split_is_lost(small_frame, workspace):
     tables = [read_table(content, source) for source in ("a", "b", "c")]
     tables += [read_table(content, "c", categorical=["course"]), tables[0], tables[1], tables[0]]
     for table in tables:
-        data.save_split(data.split_table(table), workspace)
+        data.save_split(split_table(table), workspace)
     folders = list((workspace.data / "previous").iterdir())
     kept = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     roles = sorted((manifest["source"], len(manifest["categorical"])) for manifest in kept)
@@ -429,7 +454,7 @@ def test_loading_without_data_names_the_notebook_to_run(workspace):
 
 
 def test_loading_with_one_file_missing_names_the_notebook_to_run(small_frame, workspace):
-    data.save_split(data.split_table(read_table(as_csv(small_frame()), "x")), workspace)
+    data.save_split(split_table(read_table(as_csv(small_frame()), "x")), workspace)
     (workspace.data / "test.parquet").unlink()
     with pytest.raises(MissingStepError, match="01_data_preparation"):
         data.load_split(workspace)
@@ -437,10 +462,10 @@ def test_loading_with_one_file_missing_names_the_notebook_to_run(small_frame, wo
 
 def test_interrupted_save_leaves_the_previous_split_readable(small_frame, workspace):
     table = read_table(as_csv(small_frame()), "interrupted")
-    first = data.split_table(table, seed=0)
+    first = split_table(table, seed=0)
     data.save_split(first, workspace)
     before = saved_files(workspace)
-    second = data.split_table(table, seed=1)
+    second = split_table(table, seed=1)
     mixed = second.X_test.assign(city=[1, *["Faro"] * (len(second.X_test) - 1)])
     with pytest.raises((ValueError, TypeError)):
         data.save_split(replace(second, X_test=mixed), workspace)
@@ -486,14 +511,14 @@ def test_auto_prefers_the_prepared_copy(workspace, web_folder, small_frame, monk
     monkeypatch.setattr(data, "UCI_URL", f"{address}/students.zip")
     (folder / "mine.csv").write_bytes(as_csv(small_frame()))
     mine = data.load_table(f"{address}/mine.csv", workspace, categorical=["course"])
-    split = data.split_table(mine)
+    split = split_table(mine)
     data.save_split(split, workspace)
     table = data.load_table("auto", workspace)
     assert (table.source, table.digest) == (mine.source, mine.digest)
     assert table.categorical == mine.categorical
     pd.testing.assert_frame_equal(table.frame, mine.frame)
     assert mine.source in capsys.readouterr().out
-    assert data.split_table(table).manifest == split.manifest
+    assert split_table(table).manifest == split.manifest
 
 
 @pytest.fixture
@@ -501,7 +526,7 @@ def prepared(small_csv, workspace):
     """A workspace with a split that was made without the column ``age``; the CSV's bytes."""
     path = small_csv()
     table = data.load_table(str(path), workspace, drop=["age"], categorical=["course", "age"])
-    data.save_split(data.split_table(table), workspace)
+    data.save_split(split_table(table), workspace)
     return path.read_bytes(), table
 
 
@@ -509,7 +534,7 @@ def prepared(small_csv, workspace):
 def test_prepared_copy_is_used_again_with_the_same_drop(prepared, workspace, drop, capsys):
     before = saved_files(workspace)
     table = data.load_table("auto", workspace, drop=drop, categorical=["course", "age"])
-    data.save_split(data.split_table(table), workspace)
+    data.save_split(split_table(table), workspace)
     assert saved_files(workspace) == before
     assert table.dropped == prepared[1].dropped == ("age",)
     assert "without age" in capsys.readouterr().out
@@ -520,7 +545,7 @@ def test_prepared_copy_can_lose_more_columns(prepared, workspace):
     less = data.load_table("auto", workspace, drop=["course", "age"])
     again = read_table(content, table.source, drop=["age", "course"])
     pd.testing.assert_frame_equal(less.frame, again.frame)
-    assert data.split_table(less).manifest == data.split_table(again).manifest
+    assert split_table(less).manifest == split_table(again).manifest
 
 
 @pytest.mark.parametrize(
@@ -685,7 +710,7 @@ BAD_FILES = {
 
 def prepare(source, workspace, **options):
     """Do what notebook 01 does."""
-    split = data.split_table(data.load_table(str(source), workspace, **options))
+    split = split_table(data.load_table(str(source), workspace, **options))
     return data.save_split(split, workspace)
 
 
@@ -889,6 +914,15 @@ def test_description_names_roles_missing_values_and_identifiers(wide):
     assert described.loc["score", "missing"] == int(wide["score"].isna().sum())
     assert "DROP" in described.loc["id", "remark"]
     assert described.loc["city", "remark"] == ""
+    assert "meaning" not in described.columns
+
+
+def test_students_columns_keep_their_meaning_beside_columns_of_ones_own(workspace):
+    table = data.load_table("sample", workspace, drop=["Course", "Marital status"])
+    frame = table.frame.assign(shoe_size=42, Gender=table.frame["Gender"])
+    meanings = data.describe_columns(read_table(as_csv(frame), "more"))["meaning"]
+    assert meanings["shoe_size"] == ""
+    assert meanings["Debtor"].startswith("1 owes")
 
 
 def test_checks_report_duplicates_constants_and_the_majority_class(small_frame):

@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from helpers import access, drift, monitoring, registry, scored_rows, svm, tracking
+from helpers import access, drift, monitoring, plots, registry, scored_rows, svm, tracking
 from helpers.model_interface import convert
 from helpers.monitoring import check_labelled, check_unlabelled
 from helpers.workspace import PROJECT_ROOT, open_workspace
@@ -342,7 +342,7 @@ def test_healthy_day_is_logged_tagged_ok_and_passes(watched, promoted, capsys):
     assert run.info.status == "FINISHED"
     assert tag_of(watched).startswith("ok ")
     assert monitoring.alerts(watched.workspace).empty
-    assert len(monitoring.plot_periods(report).axes) == 4
+    assert len(plots.periods(report).axes) == 4
 
 
 def test_alert_is_in_the_table_the_tag_the_webhook_and_fails_a_batch_run(

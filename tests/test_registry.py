@@ -21,6 +21,7 @@ from helpers.evaluation import compute_metrics, majority_baseline
 from helpers.preprocessing import make_preprocessor
 from helpers.registry import Candidate, Rules
 from helpers.workspace import MissingStepError
+from tests.conftest import split_table
 
 
 
@@ -769,9 +770,7 @@ def learner(split):
 
 def split_of(frame, seed=0, categorical=("course",)):
     content = frame.to_csv(index=False).encode()
-    return data.split_table(
-        data.read_table(content, "grown", categorical=list(categorical)), 0.3, seed
-    )
+    return split_table(data.read_table(content, "grown", categorical=list(categorical)), 0.3, seed)
 
 
 @pytest.fixture

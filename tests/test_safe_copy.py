@@ -16,6 +16,7 @@ from helpers import data, safe_copy, scored_rows, server, store, tracking
 from helpers.data import load_split, save_split
 from helpers.safe_copy import SafeCopy, SafeCopyError
 from helpers.workspace import open_workspace
+from tests.conftest import split_table
 from tests.series import wait_for
 
 
@@ -253,7 +254,7 @@ def test_split_of_the_machine_that_made_a_new_one_wins_and_the_other_is_kept(
     first.copy.save()
     left, right = machine("b"), machine("c")
     table = data.load_table(str(small_csv()), left.workspace, categorical=["course"])
-    other = data.split_table(table, seed=1)
+    other = split_table(table, seed=1)
     save_split(other, left.workspace)
     left.copy.save()
     right.log_run()
@@ -271,7 +272,7 @@ def test_split_made_on_both_machines_is_the_later_one(machine, small_csv, tmp_pa
     for name, seed in (("a", 1), ("b", 2)):
         one = machine(name, tmp_path / "apart" / name)
         table = data.load_table(str(small_csv()), one.workspace, categorical=["course"])
-        splits.append((one, data.split_table(table, seed=seed)))
+        splits.append((one, split_table(table, seed=seed)))
     for one, split in splits:
         one.copy = SafeCopy(one.workspace, tmp_path / "common")
         save_split(split, one.workspace)

@@ -14,6 +14,7 @@ from sklearn.svm import SVC
 from helpers import data
 from helpers.preprocessing import make_preprocessor
 from helpers.sample_data import make_sample
+from tests.conftest import split_table
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_models_trained_on_the_sample_behave_like_those_on_the_real_table(sample
     for name, table in {"sample": sample, "real": real}.items():
         scores = []
         for seed in range(2):
-            split = data.split_table(table, 0.3, seed)
+            split = split_table(table, 0.3, seed)
             preprocessor = make_preprocessor(split.numeric, split.categorical)
             fitted = make_pipeline(preprocessor, model).fit(split.X_train, split.y_train)
             scores.append(accuracy_score(split.y_test, fitted.predict(split.X_test)))

@@ -23,6 +23,7 @@ from xgboost import XGBClassifier
 
 from helpers import cnn, data, svm
 from helpers.preprocessing import make_preprocessor
+from tests.conftest import split_table
 
 GRID = svm.make_grid(range(-5, 7), range(-5, 7))
 
@@ -93,7 +94,7 @@ def measure(path, seeds, methods):
     table = data.read_table(Path(path).read_bytes(), str(path))
     rows = []
     for seed in range(seeds):
-        split = data.split_table(table, 0.3, seed)
+        split = split_table(table, 0.3, seed)
         for name in methods:
             start = time.perf_counter()
             answers, chosen = METHODS[name](split, seed)

@@ -1,0 +1,282 @@
+"""Pictures: letters of one size that fit, the same colours everywhere, names shown as they are."""
+
+import functools
+import io
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.text import Text
+from nbclient import NotebookClient
+from nbconvert import HTMLExporter
+
+from helpers import data, plots
+from helpers.robustness import Robustness
+from helpers.workspace import PROJECT_ROOT
+
+NASTY = "$\\frac{1}{ & <b>$"
+LONG = "Administrative and support service activities"
+LABELS = sorted([NASTY, LONG, "x_1^2$ or so", "a", "b", "c", "d"])
+MODELS = ("model_conv_network", "model_svm_rbf")
+
+
+@pytest.fixture(scope="module")
+def table():
+    random = np.random.default_rng(0)
+    label = np.array(LABELS)[np.arange(210) % 7]
+    frame = pd.DataFrame({f"length in ${n}$": random.normal(size=210) for n in range(4)})
+    frame = frame.assign(**{LONG + " of all kinds": random.normal(size=210)})
+    frame = frame.assign(flag=random.integers(0, 2, 210), city=NASTY, Target=label)
+    return data.read_table(frame.to_csv(index=False).encode(), "nasty")
+
+
+def make_search(C=range(-5, 7), gamma=range(-5, 7), beyond=()):
+    exponents = [(c, g) for c in C for g in gamma]
+    pairs = [(2.0**c, 2.0**g) for c, g in [*exponents, *beyond]]
+    scores = np.array([1 / (1 + abs(np.log2(c) - 1) + abs(np.log2(g) + 6)) for c, g in pairs])
+    best = pairs[int(scores.argmax())]
+    results = {
+        "param_svc__C": np.ma.array([c for c, _ in pairs], dtype=object),
+        "param_svc__gamma": np.ma.array([g for _, g in pairs], dtype=object),
+        "mean_test_score": scores,
+    }
+    return SimpleNamespace(
+        cv_results_=results,
+        best_params_={"svc__C": best[0], "svc__gamma": best[1]},
+        scoring="accuracy",
+        n_splits_=5,
+        n_grid_=len(exponents),
+    )
+
+
+def make_report(n_periods, models=MODELS, labelled=True):
+    rows = []
+    for model in models:
+        for number in range(n_periods):
+            start = pd.Timestamp("2026-11-01", tz="UTC") + pd.Timedelta(days=number)
+            row = {"model": model, "version": "1", "period": str(start.date()), "start": start}
+            measured = {"accuracy": 0.78, "f1_macro": 0.71, "calibration_error": 0.04}
+            rows.append({**row, "drifted_columns": 1, **(measured if labelled else {})})
+    references = {f"{model} 1": {"accuracy": 0.79, "f1_macro": 0.7} for model in models}
+    return SimpleNamespace(periods=pd.DataFrame(rows), references=references)
+
+
+def make_log(users=("ana", NASTY, None), kinds=("look", "rejected")):
+    requests = [{"user": user, "kind": kind} for user in users for kind in kinds]
+    return pd.DataFrame(requests * 5)
+
+
+def make_robustness():
+    flips = pd.Series({f"{LONG} ${number}$": number / 10 for number in range(9)})
+    return Robustness(4, np.array([1.0, 2, 2, np.nan]), flips, 4)
+
+
+METRICS = {"accuracy": 0.78, "f1_macro": 0.71, "log_loss": 0.5, "roc_auc_ovr": 0.9}
+HISTORY = pd.DataFrame(
+    {"loss": [1, 0.5], "accuracy": [0.5, 0.7], "val_loss": [1, 0.6], "val_accuracy": [0.5, 0.6]},
+    index=[1, 2],
+)
+PICTURES = {
+    "class balance": plots.class_balance,
+    "numeric by class": plots.numeric_by_class,
+    "correlations": plots.correlations,
+    "learning curves": lambda _: plots.learning_curves(HISTORY, best_epoch=2),
+    "one epoch": lambda _: plots.learning_curves(HISTORY[["loss", "accuracy"]].head(1)),
+    "confusion matrix": lambda _: plots.confusion_matrix(LABELS * 9, LABELS[::-1] * 9, LABELS),
+    "grid": lambda _: plots.grid_map(make_search()),
+    "grid and beyond": lambda _: plots.grid_map(make_search(beyond=[(1, -6), (1, -6.5)])),
+    "comparison": lambda _: plots.comparison(
+        dict.fromkeys((*MODELS, f"{MODELS[0]} in Production (version 2)", NASTY), METRICS)
+    ),
+    "robustness": lambda _: plots.robustness(make_robustness(), MODELS[1]),
+    "one period": lambda _: plots.periods(make_report(1)),
+    "no labels yet": lambda _: plots.periods(make_report(1, labelled=False)),
+    "periods": lambda _: plots.periods(make_report(20)),
+    "activity": lambda _: plots.activity(make_log()),
+}
+
+
+@pytest.fixture(scope="module")
+def picture(table):
+    """A picture by its name, drawn once."""
+    return functools.cache(lambda name: PICTURES[name](table))
+
+
+def texts(figure):
+    return [each for each in figure.findobj(Text) if each.get_text().strip()]
+
+
+def bar_colours(axes):
+    return {to_hex(bar.get_facecolor()) for bar in axes.patches if bar.get_width() > 0}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_letters_have_one_size_and_fit_into_the_width_of_a_notebook(picture, name):
+    figure = picture(name)
+    assert {text.get_fontsize() for text in texts(figure)} == {11}
+    assert figure.dpi * figure.get_tightbbox().width <= 920
+    figure.savefig(io.BytesIO(), bbox_inches="tight")
+    assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_labels_of_an_axis_do_not_cover_each_other(picture, name):
+    figure = picture(name)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label for label in axis.get_ticklabels() if label.get_text()]
+            boxes = [label.get_window_extent() for label in labels if label.get_visible()]
+            for number, box in enumerate(boxes):
+                assert not any(box.overlaps(other) for other in boxes[number + 1 :]), labels
+
+
+@pytest.mark.parametrize("name", ["class balance", "numeric by class", "confusion matrix"])
+def test_names_from_outside_are_shown_as_they_are(picture, name):
+    shown = {text.get_text().replace("\n", " ") for text in texts(picture(name))}
+    assert {NASTY, "x_1^2$ or so"} <= shown
+    assert any(text.startswith("Administrative and") for text in shown)
+
+
+def test_user_names_are_shown_as_they_are():
+    shown = {text.get_text() for text in texts(plots.activity(make_log()))}
+    assert {NASTY, "ana", "(none)"} <= shown
+
+
+def test_a_model_has_its_colour_in_every_picture():
+    for name, other in (MODELS, MODELS[::-1]):
+        robust = bar_colours(plots.robustness(make_robustness(), name).axes[0])
+        alone = bar_colours(plots.comparison({name: METRICS}).axes[0])
+        both = bar_colours(plots.comparison({other: METRICS, name: METRICS}).axes[0])
+        production = bar_colours(plots.periods(make_report(1, models=(name,))).axes[0])
+        assert robust == alone == production
+        assert alone < both
+    curve = plots.learning_curves(HISTORY).axes[0].lines[0].get_color()
+    assert {to_hex(curve)} == bar_colours(plots.comparison({MODELS[0]: METRICS}).axes[0])
+
+
+def test_a_version_in_production_has_another_shade_than_the_candidate():
+    names = [MODELS[0], f"{MODELS[0]} in Production (version 2)", "majority class"]
+    axes = plots.comparison(dict.fromkeys(names, METRICS)).axes[0]
+    assert len(bar_colours(axes)) == 3
+
+
+def test_a_class_has_its_colour_in_every_picture_of_the_table(picture):
+    balance = bar_colours(picture("class balance").axes[0])
+    flag = next(axes for axes in picture("numeric by class").axes if "flag" in axes.get_title())
+    assert len(balance) == 7
+    assert bar_colours(flag) == balance
+
+
+def test_zeros_and_ones_of_the_students_table_say_what_they_mean(workspace):
+    figure = plots.numeric_by_class(data.load_table("sample", workspace), 6)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert "Tuition fees up to date = 1\n(has paid all fees so far)" in titles
+
+
+def test_many_columns_and_many_classes_are_cut_with_their_number():
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame(random.normal(size=(400, 90))).add_prefix("column ")
+    frame["Target"] = np.arange(400) % 40
+    wide = data.read_table(frame.to_csv(index=False).encode(), "wide")
+    figure = plots.correlations(wide)
+    assert "30 most telling of 90" in figure.get_suptitle()
+    assert len(figure.axes[0].get_yticklabels()) == 30
+    assert "10 most frequent" in plots.numeric_by_class(wide, 2).get_suptitle()
+    assert len(plots.class_balance(wide).axes[0].get_yticklabels()) == 40
+
+
+def test_table_without_numbers_has_no_picture_of_them():
+    frame = pd.DataFrame({"city": ["Faro", "Porto"] * 10, "Target": ["a", "b"] * 10})
+    table = data.read_table(frame.to_csv(index=False).encode(), "texts")
+    assert plots.numeric_by_class(table) is None
+    assert plots.correlations(table) is None
+
+
+def test_grid_marks_the_winner_and_names_powers_of_two():
+    axes = plots.grid_map(make_search()).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["2⁻⁵", "2⁻⁴"]
+    assert "C = 2¹, gamma = 2⁻⁵" in axes.get_title()
+    (frame,) = [patch for patch in axes.patches if patch.get_linewidth() > 1]
+    assert (frame.get_x(), frame.get_y(), frame.get_width()) == (0, 6, 1)
+
+
+def test_grid_shows_what_the_search_added_beyond_it():
+    axes = plots.grid_map(make_search(beyond=[(c, -6) for c in range(-5, 7)])).axes[0]
+    assert "12 pairs beyond it" in axes.get_title()
+    grid, winner = (patch for patch in axes.patches if patch.get_linewidth() > 1)
+    assert (grid.get_x(), grid.get_width(), grid.get_height()) == (1, 12, 12)
+    assert (winner.get_x(), winner.get_y()) == (0, 6)
+
+
+def test_metrics_have_names_for_people():
+    shown = " ".join(text.get_text() for text in texts(plots.comparison({"a": METRICS})))
+    assert "macro F1" in shown
+    assert "_" not in shown
+
+
+def test_one_period_shows_each_model_and_several_hide_none():
+    single = plots.periods(make_report(1))
+    assert len(single.axes[0].get_yticklabels()) == 2
+    lines = [line for line in plots.periods(make_report(5)).axes[0].lines if len(line.get_xdata())]
+    curves = [line for line in lines if len(line.get_xdata()) == 5]
+    assert len(curves) == 2
+    assert not set(curves[0].get_xdata()) & set(curves[1].get_xdata())
+    assert plots.periods(SimpleNamespace(periods=pd.DataFrame(), references={})) is None
+
+
+def test_legend_of_the_activity_has_only_what_happened():
+    axes = plots.activity(make_log(kinds=["look", "change"])).axes[0]
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"look", "change"}
+    assert plots.activity(make_log().head(0)) is None
+
+
+# --- in a notebook ----------------------------------------------------------------------------
+
+CELLS = (
+    "import pandas as pd\nfrom helpers import display, plots\ndisplay.set_up()",
+    """with display.progress(200, "Working", "part") as bar:
+    for step in range(200):
+        bar.set_postfix_str(f"step {step}")
+        bar.update()
+        bar.refresh()""",
+    """try:
+    with display.progress(10, "Stopped") as bar:
+        bar.update(4)
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print("interrupted")""",
+    "plots.activity(pd.DataFrame({'user': ['ana'], 'kind': ['look']}))",
+    "pd.DataFrame({'message': ['word ' * 60 + '$end$']})",
+)
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """The cells executed, and their HTML."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS])
+    resources = {"metadata": {"path": str(PROJECT_ROOT)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    return notebook, HTMLExporter(exclude_input=True).from_notebook_node(notebook)[0]
+
+
+def test_progress_is_one_line_in_an_exported_notebook(exported):
+    notebook, page = exported
+    (bar,) = notebook.cells[1].outputs
+    assert "200/200" in bar.data["text/plain"]
+    assert page.count("Working") == 1
+    stopped, said = notebook.cells[2].outputs
+    assert "4/10" in stopped.data["text/plain"]
+    assert said.text == "interrupted\n"
+
+
+def test_picture_appears_once_and_long_texts_in_full(exported):
+    notebook, page = exported
+    (picture,) = notebook.cells[3].outputs
+    assert "image/png" in picture.data
+    (table,) = notebook.cells[4].outputs
+    assert "$end$" in table.data["text/html"]
+    assert "tex2jax_ignore" in table.data["text/html"]
