@@ -1,208 +1,131 @@
-"""Exact grid search over C and gamma of an RBF support vector machine, with shared kernels.
+"""`GridSearchCV` for C and gamma of an RBF support vector machine, with kernels that are shared.
 
-`sklearn.model_selection.GridSearchCV` preprocesses a fold and computes its RBF kernel anew for
-every pair of C and gamma. Here a fold is preprocessed once, its squared distances are computed
-once, and the kernel once per gamma; all values of C share it, and the steps that their solutions
-have in common. This module is the search: candidates, threads or a cluster, finished parts,
-``cv_results_``. What happens for one fold and gamma is in `helpers.kernel_parts`, the solver in
-`helpers.smo`. The scores are those of `GridSearchCV` on the same folds.
+`GridSearchCV` preprocesses a fold and computes its kernel anew for every pair. Here a fold is
+preprocessed once, its squared distances are computed once and its kernel once per gamma; the
+values of C follow in rising order until the solution no longer changes. Scorers, ranks and
+``cv_results_`` are scikit-learn's own, and so are the scores in all cells and folds.
 """
 
-import hashlib
-import json
-import os
-import tempfile
+import sys
 import time
 import warnings
-import zipfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import suppress
+from itertools import product
+from numbers import Real
 
+import cloudpickle
 import joblib
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
+import psutil
 import sklearn
-from scipy.stats import rankdata
 from sklearn.base import clone
-from sklearn.exceptions import FitFailedWarning
 from sklearn.metrics import check_scoring
+from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import GridSearchCV, ParameterGrid, check_cv
+from sklearn.model_selection._validation import (
+    _fit_and_score,
+    _insert_error_scores,
+    _warn_or_raise_about_fit_failures,
+)
 from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC
-from sklearn.utils import column_or_1d, indexable
-from sklearn.utils.multiclass import check_classification_targets
-from tqdm import tqdm
+from sklearn.utils import _safe_indexing, check_array, indexable
+from sklearn.utils.parallel import Parallel, delayed
 
-from helpers.kernel_parts import Work
+from helpers.display import progress
+from helpers.workspace import ParameterError
 
-LONG = 3600  # seconds above which an estimate is given in hours
-FORMAT = 1  # of the kept parts; raised whenever scores would be computed in another way
+FURTHER = 3  # values that are added beyond an edge at a time
+LIMITS = 2.0**-15, 2.0**15  # as far as the authors of LIBSVM advise to look (Hsu, Chang, Lin 2003)
 
-
-class LargeSearchWarning(UserWarning):
-    """The kernels do not fit into the memory budget: the search is exact, but takes long."""
-
-
-def _solve(work, number, place):
-    """Run a part of the search on a worker of a cluster."""
-    return work.solve(number, place)
+# The workers of a cluster need scikit-learn, not this project.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def _digest_data(X):
-    """Return a digest of the contents of a table, the same in every process."""
-    digest = hashlib.sha256()
-    if hasattr(X, "iloc"):
-        frame = X if isinstance(X, pd.DataFrame) else X.to_frame()
-        digest.update(
-            repr([(str(name), str(kind)) for name, kind in frame.dtypes.items()]).encode()
-        )
-        digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
-    elif sp.issparse(X):
-        matrix = X.tocsr()
-        for part in (np.array(matrix.shape), matrix.indptr, matrix.indices, matrix.data):
-            digest.update(np.ascontiguousarray(part).tobytes())
-    else:
-        array = np.asarray(X)
-        if array.dtype == object:
-            return _digest_data(pd.DataFrame(array.reshape(len(array), -1)))
-        digest.update(repr((array.shape, array.dtype.str)).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
+class _KernelSVC(SVC):
+    """SVC on the rows `X` of `gram`, a kernel: views of it, where scikit-learn would copy."""
+
+    gram = None  # shape (n_rows, n_train), training rows first
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.pairwise = False
+        return tags
+
+    def fit(self, X, y):
+        return super().fit(self.gram[X[0] : X[-1] + 1], y)
+
+    def _validate_for_predict(self, X):
+        return super()._validate_for_predict(self.gram[X[0] : X[-1] + 1])
 
 
-class _Kept:
-    """Finished parts of a search in a folder whose name is a digest of all its inputs."""
-
-    def __init__(self, folder, work):
-        scorers = {name: joblib.hash(scorer) for name, scorer in work.scoring.items()}
-        key = {
-            "format": FORMAT,
-            "scikit-learn": sklearn.__version__,
-            "estimator": joblib.hash(clone(work.estimator)),
-            "X": _digest_data(work.X),
-            "y": _digest_data(work.y),
-            "folds": joblib.hash([(np.asarray(a), np.asarray(b)) for a, b in work.splits]),
-            "grid": repr(work.parts),
-            "scoring": scorers,
-            "train_scores": work.train_scores,
-            "error_score": repr(work.error_score),
-        }
-        text = json.dumps(key, sort_keys=True)
-        self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:24]
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, number, place):
-        return self.folder / f"{number}-{place}.json"
-
-    def read(self, number, place):
-        """Return a finished part, or None."""
-        try:
-            return json.loads(self._path(number, place).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError:
-            # A machine that lost its power leaves an empty file: that part is done again.
-            return None
-
-    def write(self, number, place, cells):
-        """Keep a part, whole or not at all."""
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(cells, file)
-        os.replace(name, self._path(number, place))
+def _distances(X_train, X_test):
+    """Return the squared distances of all rows, test rows last, to the training rows."""
+    pairs = (X_train, X_train), (X_test, X_train)
+    return np.concatenate([euclidean_distances(*each, squared=True) for each in pairs])
 
 
-@contextmanager
-def _executor(client, threads):
-    """Give something with ``submit``: threads of this process, or the workers of a cluster."""
-    if client is None:
-        pool, at_once = ThreadPoolExecutor(threads), {"wait": False, "cancel_futures": True}
-    else:
-        _send_helpers(client)
-        # A part is pure: one whose worker dies is simply done by another.
-        pool, at_once = client.get_executor(pure=False, retries=5), {"wait": False}
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(**at_once)
-        raise
-    pool.shutdown()
+def _solve(place, Cs, distances, y, svc, how):
+    """Fit and score one fold and gamma for all values of C, which rise.
+
+    Two values of C with the same solution, bit by bit, mean that C did not bind on the solver's
+    way there. It binds even less where C is larger, so that all larger ones have this solution
+    too. (It is not enough that no coefficient of one solution equals C: some may have on the way.)
+    """
+    kernel = distances * -place[1]
+    np.exp(kernel, out=kernel)
+    rows, cells, solution = np.arange(len(kernel)), {}, None
+    train, test = np.split(rows, kernel.shape[1:])
+    with sklearn.config_context(assume_finite=True):
+        for C in Cs:
+            machine = clone(svc).set_params(C=C)
+            machine.gram = kernel
+            cell = _fit_and_score(machine, rows, y, train=train, test=test, **how)
+            before, solution = solution, getattr(machine, "dual_coef_", None)
+            cells[C] = cell
+            if solution is not None and np.array_equal(solution, before):
+                break
+    known = {**cell, "fit_time": 0.0, "score_time": 0.0}
+    return place, {C: cells.get(C, known) for C in Cs}
 
 
-def _send_helpers(client):
-    """Bring this package to the workers, also to those that join later."""
-    package = Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        archive = Path(folder) / "helpers.zip"
-        with zipfile.ZipFile(archive, "w") as file:
-            for path in sorted(package.glob("*.py")):
-                file.write(path, f"{package.name}/{path.name}")
-        client.upload_file(str(archive))
+def _keep(key, place, Cs, cells):
+    """Return `cells`, for `joblib.Memory` to keep; called without it, nothing is kept yet."""
+    if cells is None:
+        raise LookupError
+    return cells
 
 
 class KernelGridSearch(GridSearchCV):
-    """Grid search over C and gamma of an RBF `SVC`, or of a pipeline that ends in one.
+    """Exhaustive search of C and gamma for an RBF `SVC`, alone or at the end of a pipeline.
 
-    Takes the place of `sklearn.model_selection.GridSearchCV`, with the same scores.
+    Whatever shared kernels cannot do is left to `GridSearchCV` itself: other estimators,
+    parameters or kernels, ``gamma='scale'``, ``probability=True``, sample weights, and, with a
+    warning, kernels that do not fit into memory. An error in the preprocessing ends the search.
 
     Parameters
     ----------
     estimator : sklearn.svm.SVC or sklearn.pipeline.Pipeline
-        An `SVC` with ``kernel='rbf'``, behind any preprocessing, which is fitted inside each
-        fold. Its other settings (class weights, ``tol``, ...) hold.
     param_grid : dict or list of dict
-        Values of C and gamma under the estimator's names, such as ``svc__C`` and ``svc__gamma``.
-    scoring : str, callable, list or dict, optional
-        As in `GridSearchCV`; default: accuracy. A scorer of one's own gets an object with
-        ``predict``, ``decision_function`` and ``classes_`` (and ``predict_proba`` if the `SVC`
-        has probabilities), and the preprocessed rows.
-    n_jobs : int, optional
-        Threads; -1: one per core. Without a value: one.
-    refit : bool, str or callable
-        As in `GridSearchCV`.
-    cv : int, cross-validation generator or iterable, optional
-        As in `GridSearchCV`.
-    error_score : 'raise' or float
-        Score of a fit that fails.
-    return_train_score : bool
-        Add the scores on the training rows to ``cv_results_``.
-    memory_budget : int, optional
-        Bytes for distances and kernels; default: half of what is free. Where they do not fit,
-        fewer threads work at once; where not even one kernel fits, every fit computes its own
-        from the rows, and a `LargeSearchWarning` says how long that will take.
-    cache_dir : str or pathlib.Path, optional
-        Folder that keeps each finished part (one fold and gamma). A search with the same data,
-        folds, estimator, grid and scoring goes on from there; any other starts anew. Steps are
-        told apart by their class and parameters: after a change of a class's code, empty it.
-    client : distributed.Client, optional
-        Search on the workers of that cluster; this package is brought to them.
-    progress : bool
-        Show a bar with the best mean score so far.
+        ``{"svc__C": values, "svc__gamma": values}``.
+    scoring, n_jobs, refit, cv, verbose, pre_dispatch, error_score, return_train_score
+        As in `GridSearchCV`. Scorers see an `SVC` and a kernel in place of estimator and table.
+        Runs in threads, or where ``joblib.parallel_config`` says: processes, a Dask cluster.
+    memory : path-like, optional
+        Folder that keeps each finished fold and gamma: an interrupted search goes on from there.
+    beyond_edges : bool
+        Where the best pair lies on the edge of the grid, go on beyond it in the grid's own ratio
+        until it lies inside or at `LIMITS`. Needs one dict of numbers as `param_grid`.
 
     Attributes
     ----------
-    cv_results_ : dict of numpy.ndarray
-        As in `GridSearchCV`. The time of a kernel is shared by the fits that use it.
-    n_fits_, n_fits_saved_ : int
-        Machines (one per pair of classes, candidate and fold) that libsvm solved, and those
-        whose solution was known from a smaller C.
-    solved_ : numpy.ndarray, shape (n_candidates,)
-        Share of a candidate's machines that libsvm solved.
-    n_parts_resumed_ : int
-        Parts (one fold and gamma) that came from `cache_dir`.
+    n_grid_ : int
+        Candidates of `param_grid`; they come first in ``cv_results_``.
+    extensions_ : list of dict of str to list of float
+        The values added in each step. With `beyond_edges`, ``cv_results_["extension"]`` has the
+        number of each candidate's step; 0: the grid.
     search_time_ : float
-        Seconds that the search took, without the refit.
-
-    See `GridSearchCV` for the others: ``best_params_``, ``best_score_``, ``best_index_``,
-    ``best_estimator_``, ``scorer_``, ``multimetric_``, ``n_splits_``, ``refit_time_``.
-
-    Raises
-    ------
-    ValueError
-        If the estimator is not an RBF `SVC`, or the grid has other parameters.
+        Seconds, refit not counted.
     """
 
     def __init__(
@@ -214,12 +137,12 @@ class KernelGridSearch(GridSearchCV):
         n_jobs=None,
         refit=True,
         cv=None,
+        verbose=0,
+        pre_dispatch="2*n_jobs",
         error_score=np.nan,
         return_train_score=False,
-        memory_budget=None,
-        cache_dir=None,
-        client=None,
-        progress=False,
+        memory=None,
+        beyond_edges=False,
     ):
         super().__init__(
             estimator,
@@ -228,303 +151,241 @@ class KernelGridSearch(GridSearchCV):
             n_jobs=n_jobs,
             refit=refit,
             cv=cv,
+            verbose=verbose,
+            pre_dispatch=pre_dispatch,
             error_score=error_score,
             return_train_score=return_train_score,
         )
-        self.memory_budget = memory_budget
-        self.cache_dir = cache_dir
-        self.client = client
-        self.progress = progress
+        self.memory = memory
+        self.beyond_edges = beyond_edges
 
-    def _candidates(self):
-        """Return the candidates, and for each gamma its values of C and the candidates' places."""
-        pipeline = isinstance(self.estimator, Pipeline)
-        svc = self.estimator[-1] if pipeline else self.estimator
-        if not isinstance(svc, SVC) or svc.kernel != "rbf":
-            raise ValueError(
-                f"KernelGridSearch needs an SVC with kernel='rbf', alone or at the end of a "
-                f"pipeline, not {svc!r}. Use GridSearchCV for others."
-            )
-        prefix = f"{self.estimator.steps[-1][0]}__" if pipeline else ""
-        params = list(ParameterGrid(self.param_grid))
-        other = {name for each in params for name in each} - {f"{prefix}C", f"{prefix}gamma"}
-        if other:
-            raise ValueError(
-                f"param_grid may have {prefix}C and {prefix}gamma, not {', '.join(sorted(other))}. "
-                "Use GridSearchCV for others."
-            )
-        parts = {}
-        for place, each in enumerate(params):
-            gamma, C = each.get(f"{prefix}gamma", svc.gamma), each.get(f"{prefix}C", svc.C)
-            parts.setdefault(gamma, []).append((C, place))
-        return params, parts
-
-    def _scorers(self):
-        """Return the scorers by their names."""
-        if isinstance(self.scoring, dict):
-            named = self.scoring
-        elif isinstance(self.scoring, (list, tuple, set)):
-            named = {name: name for name in self.scoring}
-        else:
-            return {"score": check_scoring(self.estimator, self.scoring)}, False
-        scorers = {name: check_scoring(self.estimator, each) for name, each in named.items()}
-        return scorers, True
-
-    def _search(self, work, kept):
-        """Return the cells of every fold and gamma."""
-        todo, done = [], {}
-        for number in range(len(work.splits)):
-            for place in range(len(work.parts)):
-                cells = kept.read(number, place) if kept else None
-                if cells is None:
-                    todo.append((number, place))
-                else:
-                    done[number, place] = cells
-        self.n_parts_resumed_ = len(done)
-        wanted = joblib.effective_n_jobs(self.n_jobs or 1)
-        fits, threads, folds_at_once = True, wanted, 2
-        if self.client is None and todo:
-            fits, threads, folds_at_once = work.plan(wanted)
-        if not fits:
-            self._warn_of_size(work, threads)
-        bar = tqdm(
-            total=sum(len(Cs) for _, Cs in work.parts) * len(work.splits),
-            initial=sum(len(cells) for cells in done.values()),
-            desc="Grid search",
-            unit="fit",
-            disable=not self.progress,
-            mininterval=0.5,
-            ncols=90,
-        )
-        with bar, _executor(self.client, threads) as pool:
-            window = deque()
-            shared = work
-            if self.client is not None:
-                shared = self.client.scatter(work, broadcast=True, hash=False)
-                folds_at_once = len(work.splits)
-            for number in range(len(work.splits)):
-                places = [place for fold, place in todo if fold == number]
-                window.append((number, self._submit(pool, shared, number, places)))
-                # Two folds at a time: no thread waits for the last part of a fold, and no more
-                # than two folds, the largest things in memory, are there.
-                if len(window) == folds_at_once:
-                    self._gather(work, *window.popleft(), done, kept, bar)
-            while window:
-                self._gather(work, *window.popleft(), done, kept, bar)
-        return done
-
-    def _submit(self, pool, work, number, places):
-        return {pool.submit(_solve, work, number, place): place for place in places}
-
-    def _gather(self, work, number, tasks, done, kept, bar):
-        """Take in the results of one fold."""
-        for task in as_completed(tasks):
-            cells = task.result()
-            done[number, tasks[task]] = cells
-            if kept:
-                kept.write(number, tasks[task], cells)
-            bar.update(len(cells))
-            bar.set_postfix_str(self._best_so_far(done), refresh=False)
-        work.forget(number)
-
-    def _best_so_far(self, done):
-        """Return the best mean score over the folds that are there, as text."""
-        scores = {}
-        for (_, place), cells in done.items():
-            for k, cell in enumerate(cells):
-                if cell["test"]:
-                    scores.setdefault((place, k), []).append(next(iter(cell["test"].values())))
-        means = [np.mean(values) for values in scores.values()]
-        return f"best {np.nanmax(means):.4f}" if np.isfinite(means).any() else ""
-
-    def _warn_of_size(self, work, threads):
-        seconds = work.estimate(threads)
-        text = f"{seconds / 3600:.1f} h" if seconds > LONG else f"{seconds / 60:.0f} min"
-        needed = sum(work.sizes()) / 2**30
-        warnings.warn(
-            f"The kernels of {len(work.splits[0][0]):,} training rows need {needed:.1f} GiB, more "
-            f"than the memory budget of {work.memory_budget() / 2**30:.1f} GiB: every fit computes "
-            f"its own. The search will take about {text} on {threads} threads. It takes less with "
-            "fewer rows, a smaller grid or fewer folds, or with more memory (memory_budget).",
-            LargeSearchWarning,
-            stacklevel=4,
-        )
-
-    def _collect(self, params, parts, n_splits, done):
-        """Lay the cells out by candidate and fold."""
-        grid = np.empty((len(params), n_splits), dtype=object)
-        for (number, place), cells in done.items():
-            for (_, candidate), cell in zip(parts[place][1], cells, strict=True):
-                grid[candidate, number] = cell
-        return grid
-
-    def _report_failures(self, grid):
-        """Warn of failed fits and scores, as `GridSearchCV` does; if all fits failed, say why."""
-        failed = [cell for cell in grid.ravel() if cell["error"]]
-        fits = [cell["error"] for cell in failed if not cell["fitted"]]
-        scores = [cell["error"] for cell in failed if cell["fitted"]]
-        to = f"will be set to {self.error_score}"
-        if len(fits) == grid.size:
-            raise ValueError(
-                f"All the {grid.size} fits failed.\nIt is very likely that your model is "
-                f"misconfigured.\n{_each_once(fits)}"
-            )
-        if fits:
-            text = f"{len(fits)} fits failed out of a total of {grid.size}.\nThe score on these "
-            text += f"train-test partitions for these parameters {to}.\n{_each_once(fits)}"
-            warnings.warn(text, FitFailedWarning, stacklevel=3)
-        if scores:
-            text = "Scoring failed. The score on this train-test partition for these parameters "
-            warnings.warn(f"{text}{to}. Details:\n{_each_once(scores)}", UserWarning, stacklevel=3)
-
-    def _metrics(self, grid, name):
-        """Return the scores of each metric as arrays of shape (n_candidates, n_splits)."""
-        known = next((cell[name] for cell in grid.ravel() if cell[name]), {"score": np.nan})
-        return {
-            metric: np.array(
-                [
-                    [cell[name][metric] if cell[name] else self.error_score for cell in row]
-                    for row in grid
-                ],
-                dtype=float,
-            )
-            for metric in known
-        }
-
-    def _format(self, params, grid):
-        """Return ``cv_results_``."""
-        results = {}
-        for name in ("fit_time", "score_time"):
-            values = np.array([[cell[name] for cell in row] for row in grid])
-            results[f"mean_{name}"] = values.mean(axis=1)
-            results[f"std_{name}"] = values.std(axis=1)
-        for name in sorted({name for each in params for name in each}):
-            missing = [name not in each for each in params]
-            values = [each.get(name) for each in params]
-            kinds = {type(value) for value in values}
-            kind = None if kinds <= {int, float} or len(kinds) == 1 else object
-            results[f"param_{name}"] = np.ma.MaskedArray(values, mask=missing, dtype=kind)
-        results["params"] = params
-        for kind in ("test", "train") if self.return_train_score else ("test",):
-            for metric, scores in self._metrics(grid, kind).items():
-                results |= _summary(f"{kind}_{metric}", scores, ranked=kind == "test")
-        return results
-
-    def fit(self, X, y=None, *, groups=None):
-        """Search the grid.
+    def fit(self, X, y=None, **params):
+        """Search the grid; with `refit`, fit the best pair on all rows.
 
         Parameters
         ----------
         X : pandas.DataFrame, numpy.ndarray or sparse matrix, shape (n_rows, n_columns)
         y : array-like, shape (n_rows,)
-        groups : array-like, shape (n_rows,), optional
-            For cross-validation by groups.
+        **params
+            ``groups`` for `cv`; what else `GridSearchCV.fit` takes is left to it.
 
         Returns
         -------
         self
+
+        Raises
+        ------
+        helpers.workspace.ParameterError
+            If the grid is empty or has values that are not finite numbers above 0.
         """
-        params, by_gamma = self._candidates()
-        scorers, self.multimetric_ = self._scorers()
-        if self.multimetric_:
-            self._check_refit(scorers)
-        X, y, groups = indexable(X, y, groups)
-        X = X if hasattr(X, "iloc") or sp.issparse(X) else np.asarray(X)
-        if y is None:
-            raise ValueError("KernelGridSearch requires y to be passed, but the target y is None.")
-        labels = column_or_1d(y, warn=True)
-        check_classification_targets(labels)
-        splits = list(check_cv(self.cv, y, classifier=True).split(X, y, groups))
-        parts = [(gamma, [C for C, _ in places]) for gamma, places in by_gamma.items()]
-        work = Work(
-            self.estimator,
-            X,
-            labels,
-            splits,
-            parts,
-            scorers,
-            self.return_train_score,
-            self.error_score,
-            self.memory_budget,
-        )
-        kept = None if self.cache_dir is None else _Kept(self.cache_dir, work)
-        start = time.perf_counter()
-        done = self._search(work, kept)
-        self.search_time_ = time.perf_counter() - start
+        self._check_grid()
+        if y is None or not self._shares_kernels(params):
+            return super().fit(X, y, **params)
+        self._validate_params()
+        scorers, metric = self._get_scorers()
+        X, y = indexable(X, y)
+        self._checked_cv_orig = check_cv(self.cv, y, classifier=True)
+        splits = list(self._checked_cv_orig.split(X, y, params.get("groups")))
+        if not self._fits_into_memory(splits):
+            return super().fit(X, y, **params)
         self.n_splits_ = len(splits)
-        grid = self._collect(params, list(by_gamma.items()), len(splits), done)
-        self._report_failures(grid)
-        solved = np.array([[cell["solved"] for cell in row] for row in grid])
-        asked = np.array([[cell["asked"] for cell in row] for row in grid])
-        self.n_fits_, self.n_fits_saved_ = int(solved.sum()), int((asked - solved).sum())
-        self.solved_ = solved.sum(axis=1) / np.maximum(asked.sum(axis=1), 1)
-        self.cv_results_ = self._format(params, grid)
-        if not self.multimetric_ and "rank_test_score" not in self.cv_results_:
-            # A callable that returns several scores is known as such only now.
-            self.multimetric_ = True
-            self._check_refit(self._metrics(grid, "test"))
-        self.scorer_ = scorers if len(scorers) > 1 or self.multimetric_ else scorers["score"]
-        if isinstance(self.scorer_, dict) and callable(self.scoring):
-            self.scorer_ = self.scoring
-        self._choose()
+        candidates, cells, results = [], [], {}
+
+        def evaluate_candidates(added):
+            nonlocal results
+            found = self._evaluate(added, X, y, splits, scorers)
+            _warn_or_raise_about_fit_failures(found, self.error_score)
+            if callable(self.scoring):
+                _insert_error_scores(found, self.error_score)
+            candidates.extend(added)
+            cells.extend(found)
+            results = self._format_results(candidates, len(splits), cells)
+            return results
+
+        self._run_search(evaluate_candidates)
+        # What a callable returns is known only now.
+        self.multimetric_ = isinstance(cells[0]["test_scores"], dict)
+        if callable(self.scoring) and self.multimetric_:
+            self._check_refit_for_multimetric(cells[0]["test_scores"])
+            metric = self.refit
+        if self.refit or not self.multimetric_:
+            self.best_index_ = self._select_best_index(self.refit, metric, results)
+            self.best_params_ = results["params"][self.best_index_]
+            if not callable(self.refit):
+                self.best_score_ = results[f"mean_test_{metric}"][self.best_index_]
+        self.cv_results_, self.scorer_ = results, getattr(scorers, "_scorers", scorers)
         if self.refit:
-            self._refit(X, y)
+            start = time.perf_counter()
+            self.best_estimator_ = clone(self.estimator).set_params(**self.best_params_).fit(X, y)
+            self.refit_time_ = time.perf_counter() - start
+            if hasattr(self.best_estimator_, "feature_names_in_"):
+                self.feature_names_in_ = self.best_estimator_.feature_names_in_
         return self
 
-    def _check_refit(self, metrics):
-        if self.refit is not False and not callable(self.refit) and self.refit not in metrics:
-            raise ValueError(
-                "For multi-metric scoring, the parameter refit must be set to a scorer key or a "
-                f"callable to refit an estimator with the best parameter setting on the whole "
-                f"data. If this is not needed, refit should be set to False explicitly. "
-                f"{self.refit!r} was passed."
-            )
+    def _svc(self):
+        """Return the last step, and the names of its C and gamma."""
+        if isinstance(self.estimator, Pipeline):
+            name, svc = self.estimator.steps[-1]
+            return svc, f"{name}__C", f"{name}__gamma"
+        return self.estimator, "C", "gamma"
 
-    def _choose(self):
-        """Choose the best candidate."""
-        if self.multimetric_ and not self.refit:
-            return
-        metric = self.refit if self.multimetric_ else "score"
-        if callable(self.refit):
-            self.best_index_ = int(self.refit(self.cv_results_))
-        else:
-            self.best_index_ = int(self.cv_results_[f"rank_test_{metric}"].argmin())
-            self.best_score_ = self.cv_results_[f"mean_test_{metric}"][self.best_index_]
-        self.best_params_ = self.cv_results_["params"][self.best_index_]
+    def _check_grid(self):
+        grids = [self.param_grid] if isinstance(self.param_grid, dict) else self.param_grid
+        if not any(grids):
+            raise ParameterError("The grid is empty: it needs values of C and gamma.")
+        for name, values in (item for grid in grids for item in grid.items()):
+            short, values = name.rpartition("__")[2], np.atleast_1d(np.asarray(values, object))
+            texts = ("scale", "auto") if short == "gamma" else ()
+            if short in ("C", "gamma") and not (
+                len(values)
+                and all(
+                    0 < value < np.inf if isinstance(value, Real) else value in texts
+                    for value in values
+                )
+            ):
+                raise ParameterError(
+                    f"The grid's {short} must be finite numbers above 0, at least one, not "
+                    f"{list(values)}. In the notebook they are 2 to the power of "
+                    f"{short.upper()}_EXPONENTS, such as [-5, 0, 6]."
+                )
 
-    def _refit(self, X, y):
-        """Fit the best candidate on all rows."""
-        start = time.perf_counter()
-        self.best_estimator_ = clone(self.estimator).set_params(**self.best_params_)
-        self.best_estimator_.fit(X, y)
-        self.refit_time_ = time.perf_counter() - start
-        if hasattr(self.best_estimator_, "feature_names_in_"):
-            self.feature_names_in_ = self.best_estimator_.feature_names_in_
+    def _pairs(self, candidates):
+        """Return gamma and C of each candidate."""
+        svc, C, gamma = self._svc()
+        return [(each.get(gamma, svc.gamma), each.get(C, svc.C)) for each in candidates]
 
-
-def _each_once(errors):
-    return "\n".join(f"{'-' * 80}\n{error}" for error in dict.fromkeys(errors))
-
-
-def _summary(name, scores, ranked):
-    """Return one score's entries of ``cv_results_``.
-
-    The same sums in the same order as in scikit-learn, so that nearly equal means have the same
-    order and the same candidate wins.
-    """
-    means = np.average(scores, axis=1)
-    results = {f"split{number}_{name}": part for number, part in enumerate(scores.T)}
-    results[f"mean_{name}"] = means
-    results[f"std_{name}"] = np.sqrt(np.average((scores - means[:, None]) ** 2, axis=1))
-    if not np.isfinite(means).all():
-        warnings.warn(
-            f"One or more of the {name.split('_')[0]} scores are non-finite: {means}",
-            UserWarning,
-            stacklevel=5,
+    def _shares_kernels(self, params):
+        svc, *names = self._svc()
+        candidates = list(ParameterGrid(self.param_grid))
+        return (
+            type(svc) is SVC
+            and svc.kernel == "rbf"
+            and svc.probability is not True
+            and set().union(*candidates) <= set(names)
+            and all(isinstance(gamma, Real) for gamma, _ in self._pairs(candidates))
+            and set(params) <= {"groups"}
+            and not sklearn.get_config()["enable_metadata_routing"]
         )
-    if ranked:
-        # Where a scorer gave no number the candidate comes last.
-        worst = np.nanmin(means) - 1 if not np.isnan(means).all() else 0
-        comparable = np.nan_to_num(means, nan=worst)
-        results[f"rank_{name}"] = rankdata(-comparable, method="min").astype(np.int32)
-    return results
+
+    def _fits_into_memory(self, splits):
+        threads = joblib.effective_n_jobs(self.n_jobs)
+        gammas = len({gamma for gamma, _ in self._pairs(ParameterGrid(self.param_grid))})
+        # While the last parts of one fold run, the next ones are there already.
+        at_once = min(len(splits), 2 + 2 * threads // gammas)
+        rows, n_train = max((len(train) + len(test), len(train)) for train, test in splits)
+        needed, free = 8 * rows * n_train * (at_once + threads), psutil.virtual_memory().available
+        if needed > free / 2:
+            warnings.warn(
+                f"The kernels of {n_train:,} training rows need {needed / 2**30:.1f} GiB, more "
+                f"than half of the {free / 2**30:.1f} GiB that are free: GridSearchCV goes on, "
+                "which computes one for every fit and takes much longer. Fewer rows, a smaller "
+                "grid or fewer threads (n_jobs) help.",
+                stacklevel=3,
+            )
+        return needed <= free / 2
+
+    def _preprocess(self, X, y, train, test):
+        """Return the training and test rows of a fold as the `SVC` gets them."""
+        X_train, X_test = _safe_indexing(X, train), _safe_indexing(X, test)
+        if isinstance(self.estimator, Pipeline) and len(self.estimator) > 1:
+            preprocessing = clone(self.estimator[:-1])
+            X_train = preprocessing.fit_transform(X_train, _safe_indexing(y, train))
+            X_test = preprocessing.transform(X_test)
+        rows = X_train, X_test
+        return [check_array(each, accept_sparse="csr", dtype=np.float64) for each in rows]
+
+    def _evaluate(self, candidates, X, y, splits, scorers):
+        """Return what `_fit_and_score` gives for each candidate and fold."""
+        pairs = self._pairs(candidates)
+        parts = {gamma: sorted({C for each, C in pairs if each == gamma}) for gamma, _ in pairs}
+        svc = _KernelSVC(**{**self._svc()[0].get_params(), "kernel": "precomputed"})
+        how = {
+            "scorer": check_scoring(svc) if self.scoring is None else scorers,
+            "verbose": 0,
+            "fit_params": {},
+            "score_params": {},
+            "return_train_score": self.return_train_score,
+            "return_n_test_samples": True,
+            "return_times": True,
+            "parameters": None,
+            "error_score": self.error_score,
+        }
+        settings = self.estimator, self.scoring, self.return_train_score, self.error_score
+        # Functions and classes of a notebook count by their code, which joblib.hash leaves out.
+        settings = cloudpickle.dumps((clone(settings, safe=False), sklearn.__version__))
+        key = self.memory and joblib.hash((X, y, splits, settings))
+        kept = joblib.Memory(self.memory, verbose=0).cache(_keep, ignore=["cells"])
+        places = list(product(range(len(splits)), parts))
+        done = {}
+        for place in places:
+            with suppress(LookupError):
+                done[place] = kept(key, place, parts[place[1]], None)
+        todo = [place for place in places if place not in done]
+        # Errors come up here, not in joblib's threads.
+        folds = {
+            fold: (
+                self._preprocess(X, y, *splits[fold]),
+                _safe_indexing(y, np.concatenate(splits[fold])),
+            )
+            for fold in {fold for fold, _ in todo}
+        }
+
+        def tasks():
+            # joblib asks for the next part when it can use it: few folds' distances are there.
+            for fold, (tables, labels) in folds.items():
+                distances = _distances(*tables)
+                for gamma in [gamma for each, gamma in todo if each == fold]:
+                    yield delayed(_solve)((fold, gamma), parts[gamma], distances, labels, svc, how)
+
+        parallel = Parallel(
+            self.n_jobs,
+            prefer="threads",
+            pre_dispatch=self.pre_dispatch,
+            return_as="generator_unordered",
+        )
+        with progress(len(pairs) * len(splits), "Grid search", "fit") as bar:
+            bar.update(sum(map(len, done.values())))
+            for place, found in parallel(tasks()):
+                done[place] = kept(key, place, parts[place[1]], found)
+                bar.update(len(found))
+        return [done[fold, gamma][C] for gamma, C in pairs for fold in range(len(splits))]
+
+    def _run_search(self, evaluate_candidates):
+        """Search the grid, and what lies beyond its edges where the best pair is there."""
+        start = time.perf_counter()
+        grid, candidates, steps = self.param_grid, list(ParameterGrid(self.param_grid)), []
+        self.n_grid_, self.extensions_ = len(candidates), []
+        while candidates:
+            results = evaluate_candidates(candidates)
+            steps += [len(self.extensions_)] * len(candidates)
+            added = self._beyond(grid, results)
+            if not added:
+                break
+            self.extensions_.append(added)
+            grid = {name: [*values, *added.get(name, [])] for name, values in grid.items()}
+            candidates = [each for each in ParameterGrid(grid) if each not in results["params"]]
+        if self.beyond_edges:
+            results["extension"] = np.array(steps)
+        self.search_time_ = time.perf_counter() - start
+
+    def _beyond(self, grid, results):
+        """Return further values of C and gamma where the best pair is on an edge, else nothing.
+
+        Pairs that are as good, as all are on a plateau, count for the direction.
+        """
+        metric = self.refit if isinstance(self.refit, str) else "score"
+        ranks = results.get(f"rank_test_{metric}")
+        if not self.beyond_edges or ranks is None or not isinstance(grid, dict):
+            return {}
+        winner = self._select_best_index(self.refit, metric, results)
+        best = [results["params"][each] for each in np.flatnonzero(ranks == ranks[winner])]
+        added, on_edge = {}, False
+        for name in self._svc()[1:]:
+            values = sorted({each for each in grid.get(name, []) if isinstance(each, Real)})
+            for edge, inner in (values[:2], values[:-3:-1]) if len(values) > 1 else ():
+                further = [edge * (edge / inner) ** (k + 1) for k in range(FURTHER)]
+                further = [value for value in further if LIMITS[0] <= value <= LIMITS[1]]
+                if further and any(pair[name] == edge for pair in best):
+                    added[name] = added.get(name, []) + further
+                    on_edge |= results["params"][winner][name] == edge
+        return added if on_edge else {}

@@ -1,91 +1,92 @@
-"""Compare ways to search the grid of C and gamma: time, memory, and whether the scores are exact.
+"""Compare the grid search with `GridSearchCV`: time, memory, and whether the scores are the same.
 
-``python -m tests.benchmarks.grid_search compare sample TABLE.csv`` searches the documented grid of
-144 pairs and 5 folds on the training rows of each table. ``python -m tests.benchmarks.grid_search
-growth sample --plot FILE.png`` searches a small grid on 1,000 to 16,000 rows, which are rows of
-the table with a little noise. Every search runs in a process of its own, one after the other; the
-memory is that of the process and all its workers, without what they share counted twice. Needs
-``tests/benchmarks/requirements.txt``.
+``python -m tests.benchmarks.grid_search compare [TABLE]`` searches the documented grid of 144 pairs
+and 5 folds on the training rows of a table; default: the students' table of Kaggle in
+``../shared/data`` or ``REAL_DATA_DIR``, else the bundled sample. ``python -m
+tests.benchmarks.grid_search growth [TABLE] --plot FILE.png`` searches 9 pairs and 2 folds on 1,000
+to 16,000 rows, which are rows of the table with a little noise.
+
+Every search runs in a process of its own, one after the other, with nothing cached: seconds are
+those of ``fit``, processor seconds and peak memory those of the process and all its workers, start
+included. On a machine that does other things too, compare processor seconds.
 """
 
 import argparse
-import importlib.util
 import json
 import os
-import pathlib
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
-from sklearn.experimental import enable_halving_search_cv  # noqa: F401
-from sklearn.model_selection import GridSearchCV, HalvingGridSearchCV, StratifiedKFold
+import seaborn as sns
+import sklearn
+from matplotlib.figure import Figure
+from sklearn.compose import make_column_transformer
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from sklearn.svm import SVC
 
-from helpers import data, svm
-from helpers.display import new_figure
-from helpers.kernel_parts import Work
+from helpers import data
 from helpers.kernel_search import KernelGridSearch
-from helpers.smo import Path
-from helpers.workspace import open_workspace
+from helpers.workspace import PROJECT_ROOT, open_workspace
 
-METHODS = ("GridSearchCV", "scikit-learn-intelex", "HalvingGridSearchCV", "KernelGridSearch")
+METHODS = {"GridSearchCV": GridSearchCV, "KernelGridSearch": KernelGridSearch}
 ROWS = (1000, 2000, 4000, 8000, 16000)
-MEMORY = 12 * 2**30  # bytes of a free Colab machine
 
 
-def load(table):
-    """Return the split of a table, as notebook 01 makes it."""
-    with tempfile.TemporaryDirectory() as folder:
-        workspace = open_workspace(folder)
-        return data.split_table(data.load_table(table, workspace))
+def default_table():
+    """Return the path of the real table if it is here, else ``sample``."""
+    folder = os.environ.get("REAL_DATA_DIR") or PROJECT_ROOT.parent / "shared" / "data"
+    path = Path(folder) / "kaggle_students.csv"
+    return str(path) if path.is_file() else "sample"
 
 
-def grow(split, n_rows, seed=0):
+def grow(X, y, n_rows, numeric, seed=0):
     """Draw rows with replacement, and move their numbers by a hundredth of their spread."""
     random = np.random.default_rng(seed)
-    drawn = random.integers(len(split.X_train), size=n_rows)
-    X, y = split.X_train.iloc[drawn].reset_index(drop=True), split.y_train.iloc[drawn]
-    for name in split.numeric:
+    drawn = random.integers(len(X), size=n_rows)
+    X, y = X.iloc[drawn].reset_index(drop=True), y.iloc[drawn].reset_index(drop=True)
+    for name in numeric:
         X[name] = X[name] + random.normal(0, 0.01 * X[name].std(), n_rows)
-    return X, y.reset_index(drop=True)
+    return X, y
 
 
-def make_search(method, split, grid, folds):
-    """Make one of the searches, unfitted."""
-    pipeline = svm.make_pipeline(split)
-    named = {f"svc__{name}": values for name, values in grid.items()}
-    options = {"cv": StratifiedKFold(folds), "refit": False, "n_jobs": -1}
-    if method == "KernelGridSearch":
-        # Compiled once per machine, not once per search.
-        Path(np.eye(2, dtype=np.float32), 1, np.ones(2)).solve(1.0)
-        return KernelGridSearch(pipeline, named, **options)
-    if method == "HalvingGridSearchCV":
-        return HalvingGridSearchCV(pipeline, named, random_state=0, **options)
-    if method == "scikit-learn-intelex":
-        from sklearnex.svm import SVC
-
-        pipeline.set_params(svc=SVC(kernel="rbf"))
-    return GridSearchCV(pipeline, named, **options)
-
-
-def run_here(method, table, n_rows, small):
-    """Search in this process and print what was measured."""
-    split = load(table)
-    X, y = grow(split, n_rows) if n_rows else (split.X_train, split.y_train)
-    grid = svm.make_grid([-1, 1, 3], [-6, -5, -3]) if small else svm.make_grid(*[range(-5, 7)] * 2)
-    search = make_search(method, split, grid, 2 if small else 5)
+def run_here(method, table, n_rows):
+    """Search in this process and print what was measured; `n_rows` 0: the table as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        split = data.split_table(data.load_table(table, open_workspace(folder)))
+    X, y = split.X_train, split.y_train
+    exponents, folds = np.arange(-5, 7), 5
+    if n_rows:
+        X, y = grow(X, y, n_rows, X.columns.difference(split.categorical))
+        exponents, folds = np.array([-4, 0, 4]), 2
+    encoder = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    preprocessing = make_column_transformer(
+        (encoder, list(split.categorical)), remainder=StandardScaler()
+    )
+    search = METHODS[method](
+        Pipeline([("preprocessing", preprocessing), ("svc", SVC(kernel="rbf"))]),
+        {"svc__C": 2.0**exponents, "svc__gamma": 2.0**exponents},
+        cv=StratifiedKFold(folds),
+        refit=False,
+        n_jobs=-1,
+    )
     start = time.perf_counter()
     search.fit(X, y)
     seconds = time.perf_counter() - start
-    means = search.cv_results_["mean_test_score"].tolist()
-    print(json.dumps({"seconds": seconds, "means": means, "best": search.best_params_}))
+    scores = [search.cv_results_[f"split{fold}_test_score"].tolist() for fold in range(folds)]
+    print(json.dumps({"seconds": seconds, "scores": scores, "best": search.best_params_}))
 
 
 def _memory_of(process):
-    """Return the bytes of a process and its children."""
+    """Return the bytes of a process and its children; what they share counts once."""
     total = 0
     for each in (process, *process.children(recursive=True)):
         try:
@@ -95,94 +96,77 @@ def _memory_of(process):
     return total
 
 
-def measure(method, table, n_rows=0, small=False):
-    """Search in a process of its own; return seconds, peak bytes, means and the best pair."""
+def _processor_seconds():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(method, table, n_rows=0):
+    """Search in a process of its own; return what it printed, processor seconds, peak bytes."""
     command = [sys.executable, "-m", "tests.benchmarks.grid_search", "run", method, table]
-    command += ["--rows", str(n_rows)] + (["--small"] if small else [])
+    before = _processor_seconds()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output)
+        process = subprocess.Popen([*command, "--rows", str(n_rows)], stdout=output)
         watched, peak = psutil.Process(process.pid), 0
         while process.poll() is None:
             try:
                 peak = max(peak, _memory_of(watched))
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.2)
+            time.sleep(0.5)
         if process.wait():
             raise SystemExit(f"{method} failed.")
         output.seek(0)
-        return {**json.loads(output.read().splitlines()[-1]), "peak": peak}
+        found = json.loads(output.read().splitlines()[-1])
+    return {**found, "processor": _processor_seconds() - before, "peak": peak}
 
 
-def usable_methods():
-    """Return the methods whose packages are here."""
-    missing = {"scikit-learn-intelex"} if importlib.util.find_spec("sklearnex") is None else set()
-    return [method for method in METHODS if method not in missing]
+def _machine():
+    return (
+        f"{os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"scikit-learn {sklearn.__version__}"
+    )
 
 
-def compare(tables):
-    """Print one Markdown table per data set."""
-    for table in tables:
-        print(f"\n{pathlib.Path(table).name}, 144 pairs, 5 folds, {os.cpu_count()} cores\n")
-        print("| search | seconds | times as fast | peak GiB | largest difference of a mean |")
-        print("|---|---|---|---|---|", flush=True)
-        reference = None
-        for method in usable_methods():
-            found = measure(method, table)
-            reference = reference or found
-            same = len(found["means"]) == len(reference["means"])
-            difference = (
-                np.abs(np.subtract(found["means"], reference["means"])).max() if same else None
-            )
-            text = "other pairs left out" if difference is None else f"{difference:.2g}"
-            speed = reference["seconds"] / found["seconds"]
-            print(
-                f"| `{method}` | {found['seconds']:.1f} | {speed:.1f} | "
-                f"{found['peak'] / 2**30:.2f} | {text} |",
-                flush=True,
-            )
-
-
-def kernels_need(n_rows, folds=2):
-    """Return the bytes that this project's search uses for kernels, with two threads."""
-    y = np.arange(n_rows) % 3
-    splits = [(np.arange(n_rows - n_rows // folds), np.arange(n_rows // folds))]
-    work = Work(svm.SVC(), None, y, splits, [], {}, False, "raise", None)
-    distances, kernel = work.sizes()
-    return distances + 2 * kernel
+def compare(table):
+    """Print a Markdown table."""
+    found = {method: measure(method, table) for method in METHODS}
+    reference = found["GridSearchCV"]
+    print(f"\n{Path(table).name}, 144 pairs, 5 folds, {_machine()}\n")
+    print("| search | seconds | times as fast | processor seconds | ratio | peak GiB | best pair |")
+    print("|---|---|---|---|---|---|---|")
+    for method, each in found.items():
+        print(
+            f"| `{method}` | {each['seconds']:.1f} | {reference['seconds'] / each['seconds']:.1f} "
+            f"| {each['processor']:.0f} | {reference['processor'] / each['processor']:.1f} "
+            f"| {each['peak'] / 2**30:.2f} "
+            f"| C {each['best']['svc__C']:g}, gamma {each['best']['svc__gamma']:g} |"
+        )
+    difference = np.abs(np.subtract(reference["scores"], found["KernelGridSearch"]["scores"]))
+    print(f"\nLargest difference of the {difference.size} scores: {difference.max():g}")
 
 
 def growth(table, plot):
     """Print and draw time and memory by rows."""
-    found = {method: [] for method in usable_methods()}
-    print(
-        f"\n{table}, 9 pairs, 2 folds, {os.cpu_count()} cores, Python {platform.python_version()}\n"
-    )
+    found = {method: [] for method in METHODS}
+    print(f"\n{Path(table).name}, 9 pairs, 2 folds, {_machine()}\n")
     print("| rows | " + " | ".join(f"`{method}`" for method in found) + " |")
     print("|---|" + "---|" * len(found))
     for n_rows in ROWS:
         cells = []
         for method, results in found.items():
-            results.append(measure(method, table, n_rows, small=True))
-            seconds, peak = results[-1]["seconds"], results[-1]["peak"] / 2**30
-            cells.append(f"{seconds:.1f} s, {peak:.2f} GiB")
+            results.append(measure(method, table, n_rows))
+            cells.append(f"{results[-1]['seconds']:.1f} s, {results[-1]['peak'] / 2**30:.2f} GiB")
         print(f"| {n_rows:,} | " + " | ".join(cells) + " |", flush=True)
-    print()
-    for method, results in found.items():
-        # Straight through the last two points: what grows with the rows.
-        (first, second), rows = [each["peak"] for each in results[-2:]], ROWS[-2:]
-        slope = (second - first) / (rows[1] - rows[0])
-        limit = rows[1] + (MEMORY - second) / slope if slope > 0 else np.inf
-        print(f"{method}: 12 GiB at about {limit:,.0f} rows if it grows on as between the last two")
-    fitting = next(n for n in range(1000, 10**6, 1000) if kernels_need(n) > MEMORY / 2)
-    print(f"KernelGridSearch: kernels fit into 6 GiB up to {fitting:,} rows, then plain rows")
     if plot:
         draw(found, plot)
 
 
 def draw(found, path):
     """Draw time and memory by rows."""
-    figure, (left, right) = new_figure(1, 2, width=9, height=3.4)
+    sns.set_theme(style="whitegrid")
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for method, results in found.items():
         left.plot(ROWS, [each["seconds"] for each in results], marker="o", label=method)
         right.plot(ROWS, [each["peak"] / 2**30 for each in results], marker="o")
@@ -191,7 +175,7 @@ def draw(found, path):
     for axes in (left, right):
         axes.set_xticks(ROWS, [f"{n_rows:,}" for n_rows in ROWS], minor=False)
         axes.minorticks_off()
-    left.legend(fontsize=8)
+    left.legend()
     figure.savefig(path, dpi=100)
 
 
@@ -199,23 +183,23 @@ def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    text = "`sample` or the path of a CSV file"
     each = commands.add_parser("compare")
-    each.add_argument("tables", nargs="+", help="`sample` or paths of CSV files")
+    each.add_argument("table", nargs="?", default=default_table(), help=text)
     each = commands.add_parser("growth")
-    each.add_argument("table")
+    each.add_argument("table", nargs="?", default=default_table(), help=text)
     each.add_argument("--plot", help="file for the picture")
     each = commands.add_parser("run")
     each.add_argument("method", choices=METHODS)
     each.add_argument("table")
     each.add_argument("--rows", type=int, default=0)
-    each.add_argument("--small", action="store_true")
     options = parser.parse_args()
     if options.command == "compare":
-        compare(options.tables)
+        compare(options.table)
     elif options.command == "growth":
         growth(options.table, options.plot)
     else:
-        run_here(options.method, options.table, options.rows, options.small)
+        run_here(options.method, options.table, options.rows)
 
 
 if __name__ == "__main__":
