@@ -16,7 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from filelock import FileLock
 
 from helpers.display import notice
-from helpers.workspace import ParameterError, ProjectError, atomic_path, in_colab, is_interactive
+from helpers.workspace import (
+    ParameterError,
+    ProjectError,
+    as_list,
+    atomic_path,
+    in_colab,
+    is_interactive,
+)
 
 ADMIN = "admin"
 NOTEBOOKS = "notebooks"  # the account that the notebooks sign in with by themselves
@@ -28,7 +35,11 @@ ROLES = {
     "admin": "everything, also deleting and managing users",
 }
 
-# Who may sign in besides the admin, unless the parameter UI_USERS says otherwise.
+# Environment variables: who may sign in besides the admin, as "ana:reader,luis:editor" or a JSON
+# list; and whether everyone who knows the public address may see and change everything.
+USERS = "UI_USERS"
+OPEN_TO_ALL = "ALLOW_UI_WITHOUT_PASSWORD"
+# Who may sign in besides the admin, unless UI_USERS says otherwise.
 DEFAULT_USERS = ("reader:reader", "editor:editor")
 
 # Where each password or token is looked for, in this order: Colab Secrets, the environment.
@@ -218,6 +229,38 @@ def parse_users(users):
             )
         roles[name] = role
     return roles
+
+
+def users_of_environment():
+    """Read ``UI_USERS``.
+
+    Returns
+    -------
+    dict of str to str or None
+        From `parse_users`; None if it is not set.
+
+    Raises
+    ------
+    helpers.workspace.ParameterError
+        If it cannot be read.
+    """
+    text = os.environ.get(USERS, "").strip()
+    if not text:
+        return None
+    entries = as_list(text)
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ParameterError(
+            f'{USERS} must be "name:role,name:role" or a JSON list of such texts, not {text!r}.'
+        )
+    return parse_users(entries)
+
+
+def is_open_to_all():
+    """Tell whether ``ALLOW_UI_WITHOUT_PASSWORD`` lets everyone in; an error if it is unclear."""
+    text = os.environ.get(OPEN_TO_ALL, "").strip().lower()
+    if text not in ("", "0", "1", "false", "true"):
+        raise ParameterError(f"{OPEN_TO_ALL} must be true or false, not {text!r}.")
+    return text in ("1", "true")
 
 
 def local_session():

@@ -1,4 +1,4 @@
-"""Colab: what its machines lack, and the links that open the notebooks there.
+"""Colab: setting up its machines, and the links that open the notebooks there.
 
 ``python -m helpers.colab`` writes `REPOSITORY` into the notebooks and the READMEs: the *Open in
 Colab* links, and the address in each notebook's first cell. With ``--check`` it only says what
@@ -7,6 +7,7 @@ is not up to date.
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from helpers.workspace import PROJECT_ROOT, ProjectError
+from helpers.workspace import DRIVE, PROJECT_ROOT, ProjectError, in_colab, is_interactive
 
 # The one setting: where the project is on GitHub, as "owner/name", and the branch to open.
 # After a change: python -m helpers.colab
@@ -26,11 +27,50 @@ REPOSITORY = ""
 BRANCH = "main"
 
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
+COPY = "MyDrive/mlflow_series"  # the safe copy in Google Drive
 READMES = {
     "README.md": "The links appear here once `REPOSITORY` in `helpers/colab.py` is set.",
     "README.es.md": "Los enlaces aparecen aquí cuando `REPOSITORY` está en `helpers/colab.py`.",
 }
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+
+
+# --- setting up -------------------------------------------------------------------------------
+
+
+def set_up(use_drive: bool) -> None:
+    """Make the project's folder the working one; in Colab also mount Drive and install packages.
+
+    Parameters
+    ----------
+    use_drive : bool
+        In Colab: whether data, runs and models are kept in Google Drive. It becomes the default
+        of ``DRIVE_FOLDER``.
+
+    Raises
+    ------
+    helpers.workspace.ProjectError
+        If pip cannot install what the machine lacks.
+    """
+    os.chdir(PROJECT_ROOT)
+    if not in_colab():
+        return
+    kept = use_drive and mount_drive()
+    os.environ["DRIVE_FOLDER"] = str(DRIVE / COPY) if kept else "off"
+    print("Installed:", ", ".join(install_missing()) or "nothing, all is here")
+
+
+def mount_drive() -> bool:
+    """Mount Google Drive where a person can allow it; tell whether it is there."""
+    if (DRIVE / "MyDrive").is_dir():
+        return True
+    if not is_interactive():
+        # Colab would wait two minutes for a front end that a batch run does not have.
+        return False
+    from google.colab import drive
+
+    drive.mount(str(DRIVE))
+    return True
 
 
 # --- what Colab lacks -------------------------------------------------------------------------

@@ -69,9 +69,8 @@ STEPS = {
     "04": Step("04_registry_promotion", ("02", "03")),
     "05": Step("05_serving_and_monitoring", ("04",)),
 }
-# Parameters of who may see the UI, and where the copy is: no result depends on them.
-UI_PARAMETERS = ("EXPOSE_UI", "UI_USERS", "ALLOW_UI_WITHOUT_PASSWORD")
-NO_RESULT = (*UI_PARAMETERS, "DRIVE_FOLDER")
+# Whether the UI is public, and where the copy is: no result depends on that.
+NO_RESULT = ("EXPOSE_UI", "DRIVE_FOLDER")
 
 
 class NotebookFailedError(ProjectError):
@@ -112,10 +111,9 @@ def declared_parameters(step):
     -------
     set of str
     """
-    cells = json.loads(step.path.read_text(encoding="utf-8"))["cells"]
-    tagged = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    lines = "".join(tagged[0]["source"]).splitlines()
-    return {line.split("=")[0].strip() for line in lines if "=" in line.split("#")[0]}
+    import papermill
+
+    return set(papermill.inspect_notebook(step.path))
 
 
 def distribute(parameters, steps):
@@ -543,16 +541,15 @@ def _exposed_ui(workspace, parameters, report):
 
     The notebooks find this tunnel; one that a notebook opens ends with its kernel.
     """
-    names = dict(zip(UI_PARAMETERS, ("expose", "users", "without_password"), strict=True))
-    given = {names[name]: parameters[name] for name in UI_PARAMETERS if name in parameters}
-    if not given.get("expose", True) or access.find_secret(access.NGROK_TOKEN) is None:
+    expose = parameters.get("EXPOSE_UI", "auto")
+    if not expose or access.find_secret(access.NGROK_TOKEN) is None:
         yield
         return
     from helpers import tunnel
 
     def show():
         try:
-            report(str(tunnel.show_ui(workspace, **given, keep=False)))
+            report(str(tunnel.show_ui(workspace, expose, keep=False)))
         except ProjectError as error:
             # The notebook that asks for it will fail with the same message.
             report(f"The MLflow UI is not public: {error}")

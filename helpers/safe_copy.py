@@ -34,6 +34,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from helpers.colab import mount_drive
 from helpers.data import SPLIT_FILES, keep_previous, replace_split
 from helpers.display import notice
 from helpers.merge import close_runs, merge_scored, merge_tracking
@@ -143,16 +144,13 @@ def _find_folder(folder):
     if not folder or folder == OFF:
         return None
     if in_colab() and Path(folder).parts[0] == "MyDrive":
-        _mount_drive()
+        if not mount_drive():
+            raise SafeCopyError(
+                "Google Drive is not mounted, and only a person can allow it. Run the first cell "
+                "of a notebook in Colab with USE_DRIVE before, or set DRIVE_FOLDER to off."
+            )
         return DRIVE / folder
     return Path(folder).expanduser().resolve()
-
-
-def _mount_drive():
-    if not (DRIVE / "MyDrive").is_dir():
-        from google.colab import drive
-
-        drive.mount(str(DRIVE))
 
 
 def _clock(seconds):

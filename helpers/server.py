@@ -105,8 +105,27 @@ def prepare(workspace, keep=None):
     return uri
 
 
-def connect(workspace, keep=None):
-    """Return the address of a server that answers, as `prepare` does, after waiting for it."""
+def start(workspace, keep=None):
+    """Find the workspace's server or start it at port 5000, and wait until it answers.
+
+    Its store is the workspace's SQLite file, its artifacts are in a folder beside it.
+
+    Parameters
+    ----------
+    workspace : helpers.workspace.Workspace
+    keep : bool, optional
+        See `start_server`.
+
+    Returns
+    -------
+    str
+        ``MLFLOW_TRACKING_URI`` where set, else the address of the local server.
+
+    Raises
+    ------
+    helpers.background.ServerError
+        If it does not answer.
+    """
     uri = prepare(workspace, keep)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         wait_until_ready(start_server(workspace, keep=keep), workspace)

@@ -68,7 +68,7 @@ def connect(workspace, keep=None):
         If the server does not answer or does not start.
     """
     global _series
-    uri, _series = server.connect(workspace, keep), workspace.series
+    uri, _series = server.start(workspace, keep), workspace.series
     # As everywhere, an empty variable (a secret that is not set) names no server.
     named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     mlflow.set_tracking_uri(uri)

@@ -1,9 +1,9 @@
 """The MLflow UI at a public https address, through ngrok or Colab's own port proxy.
 
-The steps are those of the original pyngrok cell: start the MLflow server on port 5000 with the
-SQLite store, set the ngrok token, ``ngrok.connect(5000, "http")``, show the URL. What is new is
-that the server asks for a password before the tunnel opens, and that it is told the tunnel's
-name once that is known (`helpers.access`, `helpers.server_app`).
+The steps of the original pyngrok cell stand in the notebooks: start the MLflow server on port
+5000, set the ngrok token, ``ngrok.connect(5000, "http")``, print the URL. `opening` surrounds
+them: the server asks for a password before the tunnel opens, and is told the tunnel's name once
+that is known (`helpers.access`, `helpers.server_app`); it answers under no other name.
 """
 
 import atexit
@@ -12,10 +12,9 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,7 +22,7 @@ from urllib.parse import urlsplit
 import psutil
 import requests
 from filelock import FileLock
-from pyngrok import conf, installer, ngrok
+from pyngrok import conf, installer, ngrok, process
 from pyngrok.exception import PyngrokError, PyngrokNgrokHTTPError, PyngrokNgrokInstallError
 
 from helpers import access, activity, background, server
@@ -107,19 +106,23 @@ class Tunnel:
 
     @property
     def alive(self):
-        """Whether the agent runs, and says that it serves this address."""
+        """Whether the agent runs, and says that this address leads to the server's port."""
         if not background.is_running(self.pid, self.created):
             return False
         try:
             answer = access.local_session().get(f"{self.api_url}/api/endpoints", timeout=5).json()
         except (requests.RequestException, ValueError):
             return False
-        return any(endpoint.get("url") == self.url for endpoint in answer["endpoints"] or [])
+        return any(
+            endpoint.get("url") == self.url
+            and endpoint["upstream"]["url"] == f"http://localhost:{self.port}"
+            for endpoint in answer["endpoints"] or []
+        )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Address:
-    """Where the MLflow UI can be seen; a notebook shows it as a link.
+    """Where something can be seen; a notebook shows it as a link.
 
     Attributes
     ----------
@@ -146,10 +149,176 @@ class Address:
 # --- the cell ---------------------------------------------------------------------------------
 
 
-def show_ui(workspace, expose="auto", users=None, without_password=False, keep=None):
-    """Show where the MLflow UI can be seen, and open a tunnel to it where that is wanted.
+class PublicUi(Address):
+    """The MLflow UI while the block of `opening` makes it public; printed, it says where it is.
 
-    Run twice, it returns the same tunnel; a tunnel that dropped is opened again.
+    Attributes
+    ----------
+    url : str
+        To be set in the block, to the public address of the tunnel. Else the UI's address.
+    port : int
+        Where the workspace's server listens.
+    wanted : bool
+        Whether the block has to open a tunnel.
+    """
+
+    def __init__(self, workspace, expose, keep, port):
+        check_parameters(EXPOSE_UI=expose)
+        super().__init__("")
+        self.port, self.wanted = port, False
+        self._workspace, self._expose, self._keep = workspace, expose, keep
+        self._roles = access.users_of_environment()
+        self._open_to_all = access.is_open_to_all()
+        self._domain = access.find_secret(access.NGROK_DOMAIN)
+        self._local = self._token = self._configuration = None
+        self._block = ExitStack()  # what ends with the block
+
+    def __enter__(self):
+        team = os.environ.get("MLFLOW_TRACKING_URI")
+        if team:
+            self.url, self.note = team, "It is your team's server; MLFLOW_TRACKING_URI names it."
+            return self
+        address = server.start(self._workspace, self._keep)
+        self._local = self.url = address.replace(background.HOST, "localhost")
+        _forget_dead(self._workspace)
+        if not self._expose:
+            close_tunnel(self._workspace)
+            return self
+        self._token = _token(self._expose)
+        if self._token is None:
+            self._stay_local(TunnelError(f"There is no ngrok token. {WHERE_TO_GET_A_TOKEN}"))
+            return self
+        try:
+            self._block.enter_context(_lock(self._workspace))
+            self._prepare(address)
+        except (TunnelError, access.AccessError) as error:
+            self._block.close()
+            self._stay_local(error)
+        except BaseException:
+            self._block.close()
+            raise
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        with self._block:
+            if not self.wanted:
+                return False
+            reason = error
+            if error is None:
+                reason = self._admit()
+            elif isinstance(error, PyngrokError):
+                explained = _explain(error, self._domain)
+                reason = TunnelError(explained.replace(self._token, "…"))
+            if reason is None:
+                return False
+            self._close()
+            if reason is error:
+                return False
+        self._stay_local(reason)
+        return True
+
+    def set_auth_token(self):
+        """Give ngrok the token, where no other user, log or command line shows it.
+
+        pyngrok's own function passes it to a command that everyone on the machine can read, and
+        writes it into the person's own configuration. This one makes a configuration that is
+        gone after the block; with the reserved domain of ``NGROK_DOMAIN``, where there is one.
+        """
+        if not self.wanted:
+            return
+        # What is left of an earlier agent of this process would keep the account's only session.
+        ngrok.kill(_configuration())
+        # pyngrok repeats the agent's complaints in its log, and the agent writes them to the
+        # error stream: with the token in them. Here they become one message, without it.
+        logging.getLogger("pyngrok").setLevel(logging.CRITICAL + 1)
+        self._block.enter_context(silenced_libraries())
+        path = self._block.enter_context(_agent_file(self._token, self._domain, self.port))
+        self._block.callback(conf.set_default, conf.get_default())
+        self._configuration = _configuration(path)
+        conf.set_default(self._configuration)
+
+    def _prepare(self, address):
+        """Ask for passwords before anything is public; take the tunnel that is there."""
+        workspace, cell = self._workspace, self.port
+        self.port = int(address.rsplit(":", 1)[1])
+        tunnel = _read(workspace)
+        if tunnel is not None:
+            fits = tunnel.port == self.port and self._domain in (None, tunnel.host)
+            if not (fits and tunnel.alive and _problem_outside(tunnel.url) is None):
+                _end(workspace, tunnel)
+                tunnel = None
+        if tunnel is None and cell not in (None, self.port):
+            raise TunnelError(
+                f"Port {cell}, which this cell makes public, was taken when the MLflow server of "
+                f"this workspace started; it is at {self._local}. Stop the program that has port "
+                f"{cell}, stop the server ({server.command_line(workspace)} --stop), then run "
+                "this cell again."
+            )
+        roles = access.set_up_users(workspace, address, self._roles)
+        access.change_rules(workspace, sign_in=True, without_password=self._open_to_all)
+        self.note = self._who_may_sign_in(roles)
+        self.wanted = tunnel is None
+        if tunnel is not None:
+            self.url = tunnel.url
+
+    def _who_may_sign_in(self, roles):
+        if self._open_to_all:
+            return "ANYONE who knows this address can see and change everything."
+        names = ", ".join(f"{name} ({role})" for name, role in roles.items())
+        stored = [name for name in roles if access.find_secret(access.secret_name(name)) is None]
+        note = f"Sign in as {names}."
+        if stored:
+            passwords = self._workspace.passwords
+            note += f"\nThe passwords made for {', '.join(stored)} are in {passwords}."
+        return note
+
+    def _admit(self):
+        """Let the server answer under the tunnel's name; return what speaks against it, or None."""
+        if self._configuration is None:
+            return TunnelError(
+                "The token was not set: ui.set_auth_token() is missing in the block."
+            )
+        tunnel = _tunnel_of(self._configuration, self.url, self.port)
+        if tunnel is None or not tunnel.alive:
+            return TunnelError(
+                f"ui.url is {self.url}, no address of a tunnel to port {self.port}. Set it in the "
+                f'block: ui.url = ngrok.connect({self.port}, "http").public_url'
+            )
+        access.change_rules(self._workspace, public=[tunnel.host])
+        with atomic_path(_path(self._workspace)) as path:
+            path.write_text(json.dumps(asdict(tunnel)), encoding="utf-8")
+        atexit.register(_end_own, self._workspace, tunnel)
+        problem = _problem_outside(tunnel.url, patience=10)
+        if problem:
+            notice(f"{tunnel.url} is open but was not reached from here: {problem}", "warning")
+        return None
+
+    def _close(self):
+        """End what the block opened; nobody on this machine needs to sign in for it."""
+        ngrok.kill(_configuration())
+        access.change_rules(self._workspace, public=[], sign_in=False, without_password=False)
+
+    def _stay_local(self, reason):
+        """Say where the UI is without a tunnel, or that it is an error that there is none."""
+        self.url, self.note, self.wanted = self._local, "", False
+        if self._expose is True and (self._token is not None or not _has_proxy()):
+            raise reason from None
+        if self._token is not None:
+            notice(f"The MLflow UI is not public. {reason}", "warning")
+        help_ = "" if self._token is not None else WHERE_TO_GET_A_TOKEN
+        if _has_proxy():
+            self.url, self.note = _colab_proxy(self._workspace, self._local, help_)
+        elif help_ and is_interactive():
+            self.note = f"To see it from anywhere: {help_}"
+
+
+def opening(workspace, expose="auto", keep=None, port=server.PORT):
+    """Surround the lines that open a tunnel to the workspace's MLflow server.
+
+    Before the block, the users' accounts are made and sign-in is switched on; if a tunnel is
+    open already, in whichever notebook, the block has nothing to do. After it the server answers
+    under the tunnel's name, which is noted in the workspace, and under no other. What is left
+    out of the block leaves a server that lets nobody in from outside.
 
     Parameters
     ----------
@@ -158,50 +327,35 @@ def show_ui(workspace, expose="auto", users=None, without_password=False, keep=N
         Whether the UI is shown at a public address. ``'auto'``: where there is a token; a
         failure is then said, and the notebook goes on. ``True``: a failure is an error.
         ``False``: no, and a tunnel that is open is closed.
-    users : list of str, optional
-        Who may sign in besides the admin: ``name:role``, see `helpers.access.ROLES`; default:
-        whom the workspace knows, at first `helpers.access.DEFAULT_USERS`.
-    without_password : bool
-        Let everyone who knows the public address see and change everything.
     keep : bool, optional
         See `helpers.server.start_server`.
+    port : int or None
+        The port that the block makes public. None: whichever the server has.
 
     Returns
     -------
-    Address
+    PublicUi
+        To be used with ``with``. Who may sign in is said by the environment variable
+        ``UI_USERS``; ``ALLOW_UI_WITHOUT_PASSWORD`` lets everyone in.
 
     Raises
     ------
     TunnelError
-        If the UI cannot be shown as asked; says what to do.
+        If the UI cannot be shown as asked, with whatever pyngrok raises in the block; says what
+        to do.
     helpers.workspace.ParameterError
         If a value is none of those allowed.
     """
-    users = check_parameters(
-        EXPOSE_UI=expose, UI_USERS=users, ALLOW_UI_WITHOUT_PASSWORD=without_password
-    )["UI_USERS"]
-    roles = None if users is None else access.parse_users(users)
-    team = os.environ.get("MLFLOW_TRACKING_URI")
-    if team:
-        return Address(team, "It is your team's server; MLFLOW_TRACKING_URI names it.")
-    url = server.connect(workspace, keep)
-    local = url.replace(background.HOST, "localhost")
-    _forget_dead(workspace)
-    if not expose:
-        close_tunnel(workspace)
-        return Address(local)
-    token = _token(expose)
-    if token is None:
-        if expose is True and not _has_proxy():
-            raise TunnelError(f"There is no ngrok token. {WHERE_TO_GET_A_TOKEN}")
-        return _without_token(workspace, url, local)
-    try:
-        return _protected(workspace, url, token, roles, without_password)
-    except (TunnelError, access.AccessError) as error:
-        if expose is True:
-            raise
-        notice(f"The MLflow UI is not public. {error}", "warning")
-        return _colab_proxy(workspace, url, "") if _has_proxy() else Address(local)
+    return PublicUi(workspace, expose, keep, port)
+
+
+def show_ui(workspace, expose="auto", keep=None):
+    """Do what the pyngrok cell does, whichever port the server has; see `opening`."""
+    with opening(workspace, expose, keep, port=None) as ui:
+        if ui.wanted:
+            ui.set_auth_token()
+            ui.url = ngrok.connect(ui.port, "http").public_url
+    return ui
 
 
 def show_models(workspace, models):
@@ -256,33 +410,6 @@ def _token(expose):
     return token
 
 
-def _without_token(workspace, url, local):
-    if _has_proxy():
-        return _colab_proxy(workspace, url, WHERE_TO_GET_A_TOKEN)
-    if is_interactive():
-        return Address(local, f"To see it from anywhere: {WHERE_TO_GET_A_TOKEN}")
-    return Address(local)
-
-
-def _protected(workspace, url, token, roles, without_password):
-    """Ask for passwords first, then open the tunnel."""
-    roles = access.set_up_users(workspace, url, roles)
-    access.change_rules(workspace, sign_in=True, without_password=without_password)
-    try:
-        tunnel = _open(workspace, int(url.rsplit(":", 1)[1]), token)
-    except TunnelError:
-        access.change_rules(workspace, sign_in=False, without_password=False)
-        raise
-    if without_password:
-        return Address(tunnel.url, "ANYONE who knows this address can see and change everything.")
-    names = ", ".join(f"{name} ({role})" for name, role in roles.items())
-    stored = [name for name in roles if access.find_secret(access.secret_name(name)) is None]
-    note = f"Sign in as {names}."
-    if stored:
-        note += f"\nThe passwords made for {', '.join(stored)} are in {workspace.passwords}."
-    return Address(tunnel.url, note)
-
-
 # --- ngrok ------------------------------------------------------------------------------------
 
 
@@ -298,34 +425,6 @@ def _path(workspace):
 def _read(workspace):
     path = _path(workspace)
     return Tunnel(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def _open(workspace, port, token):
-    """Return the workspace's tunnel; open it if it is not there or does not work."""
-    domain = access.find_secret(access.NGROK_DOMAIN)
-    rules = access.read_rules(workspace.access_rules)
-    with _lock(workspace):
-        tunnel = _read(workspace)
-        if tunnel is not None:
-            wanted = tunnel.port == port and (domain is None or tunnel.host == domain)
-            if wanted and tunnel.alive and _problem_outside(tunnel.url) is None:
-                _admit(workspace, tunnel)
-                return tunnel
-            _end(workspace, tunnel)
-            access.change_rules(workspace, sign_in=True, without_password=rules.without_password)
-        tunnel = _connect(port, token, domain)
-        _admit(workspace, tunnel)
-        with atomic_path(_path(workspace)) as path:
-            path.write_text(json.dumps(asdict(tunnel)), encoding="utf-8")
-        atexit.register(_end_own, workspace, tunnel)
-    problem = _problem_outside(tunnel.url, patience=10)
-    if problem:
-        notice(f"{tunnel.url} is open but was not reached from here: {problem}", "warning")
-    return tunnel
-
-
-def _admit(workspace, tunnel):
-    access.change_rules(workspace, public=[tunnel.host])
 
 
 def _end(workspace, tunnel):
@@ -369,37 +468,29 @@ def _configuration(config_path=None):
 
 
 @contextmanager
-def _token_file(token):
+def _agent_file(token, domain, port):
     """Write the agent's configuration with the token; it is gone after the block."""
-    folder = Path(tempfile.mkdtemp(prefix="ngrok-"))
-    path = folder / "ngrok.yml"
-    try:
+    content = {"agent": {"authtoken": token}}
+    if domain:
+        # pyngrok takes this definition for a tunnel that is opened without a name.
+        upstream = {"url": f"http://localhost:{port}"}
+        definition = {"name": "pyngrok-default", "url": f"https://{domain}", "upstream": upstream}
+        content["endpoints"] = [definition]
+    with tempfile.TemporaryDirectory(prefix="ngrok-") as folder:
+        path = Path(folder) / "ngrok.yml"
         with open(path, "w", encoding="utf-8", opener=access.private):
             pass
-        installer.install_default_config(str(path), {"agent": {"authtoken": token}})
+        installer.install_default_config(str(path), content)
         yield str(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _connect(port, token, domain):
-    """Start an agent and let it open the tunnel."""
-    # What is left of an earlier agent of this process would keep the account's only session.
-    ngrok.kill(_configuration())
-    # pyngrok repeats the agent's complaints in its log, and the agent writes them to the error
-    # stream: with the token in them. Here they become one message, without it.
-    logging.getLogger("pyngrok").setLevel(logging.CRITICAL + 1)
-    options = {"url": f"https://{domain}"} if domain else {}
-    with _token_file(token) as config_path, silenced_libraries():
-        configuration = _configuration(config_path)
-        try:
-            opened = ngrok.connect(port, "http", pyngrok_config=configuration, **options)
-            agent = ngrok.get_ngrok_process(configuration)
-        except PyngrokError as error:
-            ngrok.kill(configuration)
-            raise TunnelError(_explain(error, domain).replace(token, "…")) from None
+def _tunnel_of(configuration, url, port):
+    """Return the tunnel of this process's agent, or None where none runs."""
+    if not process.is_process_running(configuration.ngrok_path):
+        return None
+    agent = ngrok.get_ngrok_process(configuration)
     created = psutil.Process(agent.proc.pid).create_time()
-    return Tunnel(opened.public_url, port, agent.api_url, agent.proc.pid, created)
+    return Tunnel(url, port, agent.api_url, agent.proc.pid, created)
 
 
 def _explain(error, domain):
@@ -477,11 +568,11 @@ def _has_proxy():
 
 
 def _colab_proxy(workspace, url, note):
-    """Show the UI through Colab's port proxy, which lets only the notebook's owner through."""
+    """Return the address of Colab's port proxy, which lets only the notebook's owner through."""
     from google.colab import output
 
     port = int(url.rsplit(":", 1)[1])
     address = output.eval_js(f"google.colab.kernel.proxyPort({port})")
     access.change_rules(workspace, private=[urlsplit(address).netloc])
     only_you = "Only you can open it, while this notebook is open."
-    return Address(address, f"{only_you} To share it: {note}" if note else only_you)
+    return address, f"{only_you} To share it: {note}" if note else only_you

@@ -57,11 +57,13 @@ class Setting:
     optional : bool
         Whether None is a value of its own ("use the default").
     minimum, maximum : float or None
-        Bounds, both included.
+        Bounds of the value, or of each item of a list; both included.
     choices : tuple or None
         The only values allowed.
-    texts : bool
-        Whether a list must hold texts.
+    excluded : tuple
+        Values between the bounds that are not allowed.
+    items : type
+        What a list must hold: texts, or numbers, of which there must be one at least.
     """
 
     kind: type
@@ -71,7 +73,8 @@ class Setting:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple | None = None
-    texts: bool = False
+    excluded: tuple = ()
+    items: type = str
 
 
 SETTINGS = {
@@ -87,9 +90,9 @@ SETTINGS = {
     "DATA_SOURCE": Setting(str, "`auto`, `uci`, `sample`, or a path or URL of a CSV"),
     "TARGET": Setting(str, "name of the column to predict"),
     "CATEGORICAL": Setting(
-        list, "columns whose numbers are codes (default: inferred)", optional=True, texts=True
+        list, "columns whose numbers are codes (default: inferred)", optional=True
     ),
-    "DROP": Setting(list, "columns to leave out, such as identifiers", optional=True, texts=True),
+    "DROP": Setting(list, "columns to leave out, such as identifiers", optional=True),
     "TEST_SIZE": Setting(
         float, "share of the rows held out for the test", minimum=0.05, maximum=0.5
     ),
@@ -99,24 +102,27 @@ SETTINGS = {
     "LEARNING_RATE": Setting(float, "step size of Adam", minimum=1e-6, maximum=1),
     "BATCH_SIZE": Setting(int, "rows per training step", minimum=1),
     "EPOCHS": Setting(int, "most passes over the training rows", minimum=1),
-    "PATIENCE": Setting(int, "epochs without improvement before training stops", minimum=1),
     "VALIDATION_SIZE": Setting(
         float, "share of the training rows used for early stopping", minimum=0.05, maximum=0.5
     ),
     "CLASS_WEIGHT_POWER": Setting(
         float, "0: no class weights, 1: balanced, between: milder", minimum=0, maximum=1
     ),
-    "C_EXPONENTS": Setting(list, "powers of two tried for C"),
-    "GAMMA_EXPONENTS": Setting(list, "powers of two tried for gamma"),
-    "CV_FOLDS": Setting(int, "folds of the cross-validation", minimum=2, maximum=20),
-    "N_JOBS": Setting(int, "threads of the search; -1: one per core", minimum=-1),
-    "FINE_SEARCH": Setting(bool, "search again around the winner, with steps of √2"),
-    "DASK_SCHEDULER": Setting(
-        str,
-        "address of a dask scheduler whose workers do the search, such as tcp://10.0.0.5:8786",
-        "DASK_SCHEDULER",
+    "N_BINS": Setting(
+        int, "quantile bins of the piecewise-linear codes; 0: none", minimum=0, maximum=64
+    ),
+    "C_EXPONENTS": Setting(list, "powers of two tried for C", minimum=-60, maximum=60, items=float),
+    "GAMMA_EXPONENTS": Setting(
+        list, "powers of two tried for gamma", minimum=-60, maximum=60, items=float
+    ),
+    "BEYOND_EDGES": Setting(
+        bool,
+        "go on beyond the grid where the best pair lies on its edge "
+        "(default: on for tables other than the students')",
         optional=True,
     ),
+    "CV_FOLDS": Setting(int, "folds of the cross-validation", minimum=2, maximum=20),
+    "N_JOBS": Setting(int, "threads of the search; -1: one per core", minimum=-1, excluded=(0,)),
     "MIN_GAIN": Setting(
         float,
         "accuracy a candidate must have above the majority class",
@@ -162,20 +168,10 @@ SETTINGS = {
         "show the MLflow UI at a public address; `auto`: where there is a token",
         choices=("auto", True, False),
     ),
-    "UI_USERS": Setting(
-        list,
-        "who may sign in besides the admin, as `name:role` (default: as before)",
-        "UI_USERS",
-        optional=True,
-        texts=True,
-    ),
-    "ALLOW_UI_WITHOUT_PASSWORD": Setting(
-        bool, "let everyone who knows the public address see and change everything"
-    ),
 }
 
 
-def _as_list(value):
+def as_list(value):
     """Read a list given as a list, a JSON text or a comma-separated text."""
     if not isinstance(value, str):
         return value
@@ -195,6 +191,26 @@ def _is_kind(value, kind):
     return isinstance(value, kind)
 
 
+def _within(value, low, high):
+    # Written so that NaN, which is neither below nor above, is refused too.
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
+def _checked_items(name, values, setting):
+    low, high = setting.minimum, setting.maximum
+    if setting.items is str:
+        good, wanted = all(isinstance(item, str) for item in values), "a list of texts"
+    else:
+        with suppress(ValueError):
+            values = [float(item) if isinstance(item, str) else item for item in values]
+        numbers = all(_is_kind(item, float) and _within(item, low, high) for item in values)
+        good = numbers and len(values) > 0
+        wanted = f"a list of one or more numbers between {low:g} and {high:g}"
+    if not good:
+        raise ParameterError(f"{name} must be {wanted} ({setting.description}), not {values!r}.")
+    return values
+
+
 def _checked(name, value):
     setting = SETTINGS[name]
     if value is None and setting.environment and os.environ.get(setting.environment):
@@ -202,7 +218,7 @@ def _checked(name, value):
     if value is None and setting.optional:
         return None
     if setting.kind is list:
-        value = _as_list(value)
+        value = as_list(value)
     if setting.choices is not None:
         if value not in setting.choices:
             allowed = ", ".join(map(repr, setting.choices))
@@ -216,15 +232,15 @@ def _checked(name, value):
             f"{name} must be {wanted.get(setting.kind, 'True or False')} "
             f"({setting.description}), not {value!r}."
         )
-    if setting.texts and not all(isinstance(item, str) for item in value):
-        raise ParameterError(
-            f"{name} must be a list of texts ({setting.description}), not {value!r}."
-        )
+    if setting.kind is list:
+        return _checked_items(name, value, setting)
     low, high = setting.minimum, setting.maximum
-    # Written so that NaN, which is neither below nor above, is refused too.
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
+    if not _within(value, low, high) or value in setting.excluded:
         bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        raise ParameterError(f"{name} must be {bounds} ({setting.description}), not {value!r}.")
+        but = "".join(f" and not {each}" for each in setting.excluded)
+        raise ParameterError(
+            f"{name} must be {bounds}{but} ({setting.description}), not {value!r}."
+        )
     if setting.kind is float:
         return float(value)
     return value

@@ -42,7 +42,8 @@ def _no_team_server():
 @pytest.fixture(autouse=True)
 def _no_tracking_uri(_no_team_server):
     """Start and leave each test without the variable, which MLflow sets itself."""
-    for name in (URI, "WORKSPACE", "NGROK_AUTHTOKEN", "NGROK_DOMAIN", "UI_USERS"):
+    ngrok = ("NGROK_AUTHTOKEN", "NGROK_DOMAIN", "UI_USERS", "ALLOW_UI_WITHOUT_PASSWORD")
+    for name in (URI, "WORKSPACE", *ngrok):
         os.environ.pop(name, None)
     yield
     os.environ.pop(URI, None)

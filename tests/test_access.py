@@ -159,9 +159,33 @@ def test_other_value_of_expose_ui_is_refused_with_those_allowed(value):
         check_parameters(EXPOSE_UI=value)
 
 
-def test_users_can_be_named_in_the_environment(monkeypatch):
-    monkeypatch.setenv("UI_USERS", "ana:reader, luis:editor")
-    assert check_parameters(UI_USERS=None)["UI_USERS"] == ["ana:reader", "luis:editor"]
+@pytest.mark.parametrize("text", ["ana:reader, luis:editor", '["ana:reader", "luis:editor"]'])
+def test_users_are_named_in_the_environment(monkeypatch, text):
+    monkeypatch.setenv("UI_USERS", text)
+    expected = {"admin": "admin", "ana": "reader", "luis": "editor"}
+    assert access.users_of_environment() == expected
+
+
+def test_without_the_setting_the_users_stay_as_they_are(monkeypatch):
+    monkeypatch.setenv("UI_USERS", " ")
+    assert access.users_of_environment() is None
+
+
+@pytest.mark.parametrize("text", ["[broken", "[1]", "ana"])
+def test_users_that_cannot_be_read_are_refused(monkeypatch, text):
+    monkeypatch.setenv("UI_USERS", text)
+    with pytest.raises(ParameterError, match="UI_USERS"):
+        access.users_of_environment()
+
+
+def test_everyone_is_let_in_only_where_that_is_said_clearly(monkeypatch):
+    said = {"": False, "0": False, "False": False, "1": True, "true": True}
+    for text, expected in said.items():
+        monkeypatch.setenv("ALLOW_UI_WITHOUT_PASSWORD", text)
+        assert access.is_open_to_all() is expected
+    monkeypatch.setenv("ALLOW_UI_WITHOUT_PASSWORD", "perhaps")
+    with pytest.raises(ParameterError, match="ALLOW_UI_WITHOUT_PASSWORD must be true or false"):
+        access.is_open_to_all()
 
 
 def test_rules_are_kept_and_changed_one_by_one(workspace):

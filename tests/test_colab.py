@@ -9,7 +9,8 @@ import zipfile
 
 import pytest
 
-from helpers import colab
+from helpers import colab, safe_copy
+from helpers.safe_copy import SafeCopyError
 from helpers.workspace import PROJECT_ROOT, WorkspaceError, open_workspace
 from tests.colab_double import CONSTRAINTS, UV, ColabMachine, make_runtime, read_constraints
 
@@ -115,14 +116,14 @@ def _first_cell(tmp_path, **fields):
     content.mkdir(exist_ok=True)
     cells = json.loads(NOTEBOOKS["01"].read_text(encoding="utf-8"))["cells"]
     cell = "".join(next(c for c in cells if c["cell_type"] == "code")["source"])
+    code = cell.replace("/content", str(content))
     for name, value in {"USE_DRIVE": False, **fields}.items():
-        before = next(line for line in cell.splitlines() if line.startswith(f"{name} = "))
-        cell = cell.replace(before, f"{name} = {value!r}")
-    code = cell.replace('"/content"', repr(str(content)))
+        before = next(line for line in code.splitlines() if line.startswith(f"{name} = "))
+        code = code.replace(before, f"{name} = {value!r}")
     packages = CONSTRAINTS.parent / "packages"
     (tmp_path / "drive").mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, "-c", f"import google.colab\n{code}\nprint('at', os.getcwd())"],
+        [sys.executable, "-c", f"import google.colab, os\n{code}\nprint('at', os.getcwd())"],
         cwd=content,
         env={
             "PATH": "/usr/bin:/bin",
@@ -157,18 +158,41 @@ def test_first_cell_takes_the_project_from_git_a_zip_or_a_folder_in_drive(tmp_pa
     assert "Installed: nothing, all is here" in done.stdout
 
 
+NOT_FOUND = "Not found. Fill in REPO_URL or PROJECT."
+
+
 def test_first_cell_says_what_to_write_where_nothing_is_set(tmp_path):
-    done = _first_cell(tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.startswith("Write where the project is into REPO_URL or PROJECT")
-    done = _first_cell(tmp_path, REPO_URL=f"file://{tmp_path}/none.git")
-    assert "git cannot fetch REPO_URL. Check the address" in done.stderr
-    done = _first_cell(tmp_path, PROJECT="MyDrive/not there")
-    assert "MyDrive/not there. Correct PROJECT" in done.stderr
+    for fields, reason in (
+        ({}, "repository '' does not exist"),
+        ({"REPO_URL": f"file://{tmp_path}/none.git"}, "none.git"),
+        ({"PROJECT": "MyDrive/not there"}, "MyDrive/not there"),
+    ):
+        done = _first_cell(tmp_path, **fields)
+        assert done.returncode != 0
+        assert reason in done.stderr
+        assert done.stderr.endswith(f"{NOT_FOUND}\n")
     with zipfile.ZipFile(tmp_path / "content" / "data.zip", "w") as archive:
         archive.writestr("students.csv", "a,b\n")
     done = _first_cell(tmp_path, PROJECT=str(tmp_path / "content" / "data.zip"))
-    assert "The folder 'helpers' is not here" in done.stderr
+    assert done.stderr == f"{NOT_FOUND}\n"
+
+
+def test_first_cell_mounts_drive_where_a_person_is_and_else_does_without(tmp_path, monkeypatch):
+    drive = tmp_path / "drive"
+    monkeypatch.setenv("COLAB_DOUBLE_DRIVE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(CONSTRAINTS.parent / "packages"))
+    monkeypatch.setattr(colab, "DRIVE", drive)
+    monkeypatch.setattr(colab, "is_interactive", lambda: False)
+    assert not colab.mount_drive()
+    with pytest.raises(SafeCopyError, match="DRIVE_FOLDER to off"):
+        monkeypatch.setattr(safe_copy, "in_colab", lambda: True)
+        safe_copy.start(open_workspace(tmp_path / "ws"), "MyDrive/copy", "test")
+    monkeypatch.setattr(colab, "is_interactive", lambda: True)
+    assert colab.mount_drive()
+    assert (drive / "MyDrive").is_dir()
+    # Once is enough, for batch runs too: asking again would ask for permission again.
+    monkeypatch.setattr(colab, "is_interactive", lambda: False)
+    assert colab.mount_drive()
 
 
 def test_install_replaces_nothing_that_is_there(monkeypatch):

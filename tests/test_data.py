@@ -840,15 +840,14 @@ WRONG = {
     "LEARNING_RATE": [0, -0.1, "fast", None, 2, NAN],
     "BATCH_SIZE": [0, 1.5, None],
     "EPOCHS": [0, "30", None, 2.5],
-    "PATIENCE": [0, None, 1.5],
     "VALIDATION_SIZE": [0, 0.9, "0.1", None, NAN],
     "CLASS_WEIGHT_POWER": [-0.1, 1.1, "0", None, NAN],
-    "C_EXPONENTS": [None, 3, "[broken"],
-    "GAMMA_EXPONENTS": [None, 3, "[broken"],
+    "N_BINS": [-1, 65, 0.5, "8", None, True],
+    "C_EXPONENTS": [None, 3, "[broken", [], "", [1, "a"], [61], [-61], [NAN], [True]],
+    "GAMMA_EXPONENTS": [None, 3, "[broken", [], "a,b", [[1]], [1e400]],
+    "BEYOND_EDGES": ["yes", 1],
     "CV_FOLDS": [1, 21, 2.5, None, "5"],
-    "N_JOBS": [-2, 1.5, None, "2"],
-    "FINE_SEARCH": ["yes", 1, None],
-    "DASK_SCHEDULER": [5, ["a"]],
+    "N_JOBS": [0, -2, 1.5, None, "2"],
     "MIN_GAIN": [-0.1, 1.1, "0", None, NAN],
     "MAX_LOSS": [-0.1, 1.1, "0", None, NAN],
     "ALLOW_REPLACE": ["yes", 1, None],
@@ -860,8 +859,6 @@ WRONG = {
     "DEMO_TRAFFIC": ["yes", 1, None],
     "PERIOD": ["day", "d", 1, None],
     "EXPOSE_UI": ["yes", None, 2],
-    "UI_USERS": [5, {"ana": "reader"}, [1]],
-    "ALLOW_UI_WITHOUT_PASSWORD": ["yes", 1, None],
 }
 
 
@@ -880,7 +877,15 @@ def test_wrong_value_is_refused_naming_the_parameter(name, value):
 def test_right_values_are_taken_and_lists_may_be_texts(monkeypatch):
     monkeypatch.setenv("WORKSPACE", "/from/environment")
     checked = check_parameters(
-        WORKSPACE=None, TEST_SIZE=0.25, SEED=3, CATEGORICAL="a, b", DROP='["c, d"]', L2=0
+        WORKSPACE=None,
+        TEST_SIZE=0.25,
+        SEED=3,
+        CATEGORICAL="a, b",
+        DROP='["c, d"]',
+        L2=0,
+        C_EXPONENTS="-1, 0.5",
+        GAMMA_EXPONENTS=[-5],
+        BEYOND_EDGES=None,
     )
     assert checked == {
         "WORKSPACE": "/from/environment",
@@ -889,6 +894,9 @@ def test_right_values_are_taken_and_lists_may_be_texts(monkeypatch):
         "CATEGORICAL": ["a", "b"],
         "DROP": ["c, d"],
         "L2": 0.0,
+        "C_EXPONENTS": [-1, 0.5],
+        "GAMMA_EXPONENTS": [-5],
+        "BEYOND_EDGES": None,
     }
     assert check_parameters(WORKSPACE="/explicit")["WORKSPACE"] == "/explicit"
 

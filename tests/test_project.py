@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import papermill
 import pytest
 
 from helpers.run import STEPS, declared_parameters
@@ -20,6 +21,16 @@ def code_cells(path):
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
+def is_parameters(cell):
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+def code_lines(cell):
+    """Return the lines of a code cell that are neither blank nor a comment alone."""
+    lines = map(str.strip, "".join(cell["source"]).splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def test_readme_documents_every_parameter_with_its_notebooks():
     for number, step in STEPS.items():
         for name in declared_parameters(step):
@@ -31,9 +42,9 @@ def test_readme_documents_every_parameter_with_its_notebooks():
 
 def test_readme_defaults_are_those_of_the_notebooks():
     for path in NOTEBOOKS:
-        (cell,) = [c for c in code_cells(path) if "parameters" in c["metadata"].get("tags", [])]
+        (cell,) = filter(is_parameters, code_cells(path))
         for node in ast.parse("".join(cell["source"])).body:
-            name, default = node.targets[0].id, ast.unparse(node.value)
+            name, default = node.target.id, ast.unparse(node.value)
             shown = "[-5, …, 6]" if name.endswith("_EXPONENTS") else default
             assert f"| `{name}` | `{shown}` |" in README
 
@@ -48,18 +59,58 @@ def test_readme_names_no_file_that_is_not_there():
 def test_notebook_is_committed_without_outputs_and_with_a_sentence_before_each_cell(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     assert cells[0]["cell_type"] == "markdown"
-    # The first one is a form, which Colab shows collapsed.
-    form = next(cell for cell in cells if cell["cell_type"] == "code")
     for before, cell in zip(cells, cells[1:], strict=False):
         if cell["cell_type"] == "code":
             assert before["cell_type"] == "markdown"
             assert not cell["outputs"]
             assert cell["execution_count"] is None
-            assert len("".join(cell["source"]).splitlines()) <= 25 or cell is form
 
 
-def test_first_cell_is_the_same_in_all_notebooks():
-    assert len({"".join(code_cells(path)[0]["source"]) for path in NOTEBOOKS}) == 1
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_and_functions_are_short(path):
+    for cell in code_cells(path):
+        source = "".join(cell["source"])
+        assert len(source.splitlines()) <= 20, source
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 5, node.name
+
+
+def test_first_cell_is_a_short_form_and_the_same_in_all_notebooks():
+    firsts = [code_cells(path)[0] for path in NOTEBOOKS]
+    assert len({"".join(cell["source"]) for cell in firsts}) == 1
+    assert len(code_lines(firsts[0])) <= 15
+    for cell in firsts:
+        # Collapsed in Colab, and in JupyterLab.
+        assert cell["metadata"]["cellView"] == "form"
+        assert cell["metadata"]["jupyter"]["source_hidden"] is True
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_have_a_type_and_a_help_where_papermill_shows_them(path):
+    (cell,) = filter(is_parameters, code_cells(path))
+    shown = papermill.inspect_notebook(path)
+    assert len(shown) == len(code_lines(cell))
+    for name, parameter in shown.items():
+        assert name in SETTINGS
+        assert parameter["inferred_type_name"] != "None", name
+        assert parameter["help"], name
+
+
+def is_set_up(cell, line):
+    """Tell whether a line prepares the notebook rather than doing what its title says."""
+    source = "".join(cell["source"])
+    pyngrok_cell = "tunnel.opening(" in source
+    return pyngrok_cell or "open_notebook(" in line or line.startswith("from helpers")
+
+
+def test_at_least_half_of_the_lines_do_what_the_title_says():
+    # The parameters are of the title's subject; who reads them learns what can be chosen.
+    for path in NOTEBOOKS:
+        first, *others = code_cells(path)
+        lines = [(cell, line) for cell in others for line in code_lines(cell)]
+        set_up = len(code_lines(first)) + sum(is_set_up(*each) for each in lines)
+        assert set_up <= len(lines) + len(code_lines(first)) - set_up, path.stem
 
 
 def test_helpers_other_than_the_network_do_not_import_tensorflow():

@@ -63,7 +63,7 @@ def test_other_process_finds_the_same_server(running_server):
         import sys
         from helpers import server
         from helpers.workspace import open_workspace
-        print(server.connect(open_workspace(sys.argv[1]), keep=False))
+        print(server.start(open_workspace(sys.argv[1]), keep=False))
     """
     client = python(code, running_server.workspace.root)
     shown, _ = client.communicate(timeout=120)

@@ -8,19 +8,22 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import requests
 from jupyter_client.manager import start_new_kernel
+from pyngrok import conf as pyngrok_conf
+from pyngrok import ngrok as pyngrok
 
 from helpers import access, background, server, tunnel
 from helpers.access import AccessError
 from helpers.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.ngrok_double import NgrokCloud, paid_account
+from tests.series import wait_for
 
 HEADERS = {"ngrok-skip-browser-warning": "1"}
 
@@ -29,7 +32,7 @@ HEADERS = {"ngrok-skip-browser-warning": "1"}
 def served(tmp_path_factory, _no_team_server):
     """A workspace whose server runs for the whole module."""
     workspace = open_workspace(tmp_path_factory.mktemp("tunnel") / "ws")
-    server.connect(workspace, keep=True)
+    server.start(workspace, keep=True)
     yield workspace
     server.stop_server(workspace)
 
@@ -48,10 +51,7 @@ def ngrok(cloud, tmp_path, monkeypatch):
 def shown(served, ngrok):
     """Show the UI of the workspace; the tunnel is closed after the test."""
 
-    def show(**options):
-        return tunnel.show_ui(served, True, **options)
-
-    yield show
+    yield lambda: tunnel.show_ui(served, True)
     tunnel.close_tunnel(served)
 
 
@@ -79,8 +79,9 @@ def test_public_address_leads_to_the_server_behind_a_password(served, ngrok, sho
     assert "<title>MLflow" in page.text
 
 
-def test_what_the_cell_shows(served, shown):
-    address = shown(users=["ana:reader"])
+def test_what_the_cell_shows(served, shown, monkeypatch):
+    monkeypatch.setenv("UI_USERS", "ana:reader")
+    address = shown()
     text, page = repr(address), address._repr_html_()
     assert text.startswith(
         f"The MLflow UI is at {address.url}\nSign in as admin (admin), ana (reader)"
@@ -120,8 +121,8 @@ def test_false_closes_the_tunnel(served, ngrok, shown):
     address = shown()
     closed = tunnel.show_ui(served, False)
     assert closed.url.startswith("http://localhost:")
+    assert wait_for(lambda: not ngrok.endpoints)
     assert not agents()
-    assert ngrok.endpoints == []
     assert outside(address.url).headers["Ngrok-Error-Code"] == "ERR_NGROK_3200"
     assert access.read_rules(served.access_rules).public == []
     assert tunnel.close_tunnel(served) is False
@@ -138,7 +139,7 @@ def test_tunnel_ends_with_the_process_that_opened_it(served, ngrok):
     environment = {**os.environ, "PYTHONPATH": str(PROJECT_ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert "https://" in done.stdout, done.stderr
-    assert ngrok.endpoints == []
+    assert wait_for(lambda: not ngrok.endpoints)
     assert access.read_rules(served.access_rules).public == []
 
 
@@ -163,6 +164,113 @@ def test_reserved_domain_is_asked_for(served, monkeypatch, tmp_path):
             assert outside(address.url).status_code == 401
         finally:
             tunnel.close_tunnel(served)
+
+
+# --- the cell without one of its lines ---------------------------------------------------------
+
+
+def refused(url):
+    """Tell whether nobody gets in from outside, whatever is asked for and whoever asks."""
+    asked = [
+        outside(f"https://{url.split('//')[1]}", path, auth=auth)
+        for path in ("/", "/version", "/api/2.0/mlflow/users/current", "/scoring/models")
+        for auth in (None, ("admin", "password1234"))
+    ]
+    return {answer.status_code for answer in asked} == {403}
+
+
+@pytest.fixture
+def port(served, ngrok, tmp_path):
+    """Where the server listens; what a test opened with pyngrok alone is closed after it."""
+    before = pyngrok_conf.get_default()
+    # pyngrok as a person has it who uses it without the helpers.
+    pyngrok_conf.set_default(pyngrok_conf.PyngrokConfig(config_path=str(tmp_path / "own.yml")))
+    yield int(server.start(served).rsplit(":", 1)[1])
+    pyngrok.kill()
+    pyngrok_conf.set_default(before)
+    tunnel.close_tunnel(served)
+
+
+def test_cell_as_it_stands_in_the_notebooks(served, ngrok, port, capsys):
+    own = pyngrok_conf.get_default()
+    with tunnel.opening(served, True, port=port) as ui:
+        assert ui.wanted
+        ui.set_auth_token()
+        ui.url = pyngrok.connect(port, "http").public_url
+        assert refused(ui.url)
+    print(ui)
+    assert capsys.readouterr().out.startswith(f"The MLflow UI is at {ui.url}\nSign in as admin")
+    assert outside(ui.url).status_code == 401
+    with tunnel.opening(served, True, port=port) as again:
+        assert not again.wanted
+    assert again == ui
+    # pyngrok is as it was: the file with the token is gone, and is not asked for any more.
+    assert pyngrok_conf.get_default() is own
+    assert not Path(own.config_path).exists()
+
+
+def test_plain_connect_without_any_helper(served, ngrok, port):
+    url = pyngrok.connect(port, "http").public_url
+    assert refused(url)
+    assert access.read_rules(served.access_rules).public == []
+
+
+def test_block_without_its_token(served, ngrok, port):
+    with (
+        pytest.raises(TunnelError, match="ui.set_auth_token"),
+        tunnel.opening(served, True, port=port) as ui,
+    ):
+        ui.url = pyngrok.connect(port, "http").public_url
+        url = ui.url
+        assert refused(url)
+    assert wait_for(lambda: not ngrok.endpoints)
+    assert access.read_rules(served.access_rules).public == []
+
+
+def test_block_that_does_not_say_its_address(served, ngrok, port, capsys):
+    with tunnel.opening(served, "auto", port=port) as ui:
+        ui.set_auth_token()
+        url = pyngrok.connect(port, "http").public_url
+        assert refused(url)
+    assert "no address of a tunnel" in capsys.readouterr().out
+    assert ui.url == f"http://localhost:{port}"
+    assert wait_for(lambda: not ngrok.endpoints)
+
+
+def test_block_without_the_question_whether_it_is_wanted(served, ngrok, port):
+    with tunnel.opening(served, False, port=port) as ui:
+        ui.set_auth_token()
+        ui.url = pyngrok.connect(port, "http").public_url
+    assert refused(ui.url)
+
+
+def test_tunnel_that_leads_elsewhere_is_not_admitted(served, ngrok, port):
+    with (
+        pytest.raises(TunnelError, match=f"to port {port}"),
+        tunnel.opening(served, True, port=port) as ui,
+    ):
+        ui.set_auth_token()
+        ui.url = pyngrok.connect(9, "http").public_url
+    assert wait_for(lambda: not ngrok.endpoints)
+
+
+def test_port_of_another_program_is_not_made_public(served, ngrok, port, capsys):
+    with pytest.raises(TunnelError, match=f"Port {port + 1}, .* was taken"):
+        tunnel.opening(served, True, port=port + 1).__enter__()
+    with tunnel.opening(served, "auto", port=port + 1) as ui:
+        assert not ui.wanted
+    assert f"Port {port + 1}, which" in capsys.readouterr().out
+    assert ui.url == f"http://localhost:{port}"
+    assert wait_for(lambda: not ngrok.endpoints)
+
+
+def test_other_error_in_the_block_stays_what_it_is(served, ngrok, port):
+    with pytest.raises(NameError), tunnel.opening(served, "auto", port=port) as ui:
+        ui.set_auth_token()
+        pyngrok.connect(port, "http")
+        raise NameError("a typing mistake")
+    assert wait_for(lambda: not ngrok.endpoints)
+    assert not access.read_rules(served.access_rules).sign_in
 
 
 # --- what goes wrong on the way ----------------------------------------------------------------
@@ -243,7 +351,7 @@ def test_without_a_token_true_is_an_error_that_says_where_to_get_one(served, mon
 
 def test_without_a_token_auto_says_in_one_line_where_the_ui_is(served, monkeypatch, capsys):
     monkeypatch.delenv("NGROK_AUTHTOKEN", raising=False)
-    port = server.connect(served).rsplit(":", 1)[1]
+    port = server.start(served).rsplit(":", 1)[1]
     address = tunnel.show_ui(served, "auto")
     assert repr(address) == f"The MLflow UI is at http://localhost:{port}"
     assert capsys.readouterr().out == ""
@@ -380,39 +488,45 @@ def test_agent_that_never_connects_is_explained():
 def test_password_is_asked_for_before_the_tunnel_opens(served, ngrok, shown, monkeypatch):
     """At no moment does the tunnel lead to a server that answers without a password."""
     seen = []
-    connect = tunnel._connect
+    connect = tunnel.ngrok.connect
 
-    def spied(port, token, domain):
+    def spied(port, *kind):
         seen.append(requests.get(f"http://127.0.0.1:{port}/version").status_code)
-        return connect(port, token, domain)
+        return connect(port, *kind)
 
-    monkeypatch.setattr(tunnel, "_connect", spied)
+    monkeypatch.setattr(tunnel.ngrok, "connect", spied)
     shown()
     assert seen == [401]
 
 
-def test_open_ui_is_only_open_where_it_was_asked_for(served, ngrok, shown):
-    address = shown(without_password=True)
+def test_open_ui_is_only_open_where_it_was_asked_for(served, ngrok, shown, monkeypatch):
+    monkeypatch.setenv("ALLOW_UI_WITHOUT_PASSWORD", "true")
+    address = shown()
     assert "ANYONE" in repr(address)
     assert outside(address.url, "/version").status_code == 200
-    assert "Sign in as" in repr(shown(without_password=False))
+    monkeypatch.setenv("ALLOW_UI_WITHOUT_PASSWORD", "0")
+    assert "Sign in as" in repr(shown())
     assert outside(address.url, "/version").status_code == 401
 
 
-def test_users_come_and_go_with_their_table(served, shown):
-    address = shown(users=["ana:reader", "luis:editor"])
+def test_users_come_and_go_with_their_table(served, shown, monkeypatch):
+    monkeypatch.setenv("UI_USERS", '["ana:reader", "luis:editor"]')
+    address = shown()
     ana = ("ana", access.password_of(served, "ana"))
     assert outside(address.url, "/version", auth=ana).status_code == 200
-    assert "ana (reader), luis (editor)" in repr(shown())  # None: as before
-    shown(users=["luis:editor"])
+    monkeypatch.delenv("UI_USERS")
+    assert "ana (reader), luis (editor)" in repr(shown())  # not set: as before
+    monkeypatch.setenv("UI_USERS", "luis:editor")
+    shown()
     assert outside(address.url, "/", auth=ana).status_code == 401
 
 
 def test_new_password_in_a_secret_takes_the_place_of_the_old(served, shown, monkeypatch):
-    address = shown(users=["eva:reader"])
+    monkeypatch.setenv("UI_USERS", "eva:reader")
+    address = shown()
     old = access.password_of(served, "eva")
     monkeypatch.setenv("MLFLOW_PASSWORD_EVA", "a new long password")
-    note = repr(shown(users=["eva:reader"]))
+    note = repr(shown())
     assert outside(address.url, "/", auth=("eva", "a new long password")).status_code == 200
     assert outside(address.url, "/", auth=("eva", old)).status_code == 401
     assert "passwords made for admin are in" in note
@@ -422,16 +536,19 @@ def test_short_password_stops_the_tunnel(served, ngrok, monkeypatch):
     monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "short")
     with pytest.raises(AccessError, match="MLFLOW_AUTH_ADMIN_PASSWORD is too short"):
         tunnel.show_ui(served, True)
-    assert ngrok.endpoints == []
+    assert wait_for(lambda: not ngrok.endpoints)
 
 
-@pytest.mark.parametrize("options", [{"users": ["ana"]}, {"users": 3}, {"without_password": "no"}])
-def test_parameter_of_the_wrong_kind_is_refused(served, ngrok, options):
-    with pytest.raises(ParameterError):
-        tunnel.show_ui(served, True, **options)
-    with pytest.raises(ParameterError):
+@pytest.mark.parametrize(
+    ("name", "value"), [("UI_USERS", "ana"), ("ALLOW_UI_WITHOUT_PASSWORD", "perhaps")]
+)
+def test_setting_that_cannot_be_read_is_refused(served, ngrok, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ParameterError, match=name):
+        tunnel.show_ui(served, True)
+    with pytest.raises(ParameterError, match="EXPOSE_UI"):
         tunnel.show_ui(served, "yes")
-    assert ngrok.endpoints == []
+    assert wait_for(lambda: not ngrok.endpoints)
 
 
 def test_token_is_in_no_process_listing_and_no_file(served, ngrok, shown, tmp_path):
@@ -517,7 +634,7 @@ def test_colab_without_a_token_offers_colabs_own_proxy(served, front_end):
     front_end(COLAB)
     done = front_end(SHOW.format(folder=str(served.root), expose="auto"), "")
     assert len(done.asked) == 1
-    url = server.connect(served)
+    url = server.start(served)
     port = url.rsplit(":", 1)[1]
     address = f"https://5000-{port}.colab.example"
     assert address in done.shown
@@ -534,7 +651,4 @@ def test_the_notebooks_kernel_ends_the_tunnel_with_itself(served, ngrok, front_e
     front_end(SHOW.format(folder=str(served.root), expose=True), ngrok.account.token)
     assert len(ngrok.endpoints) == 1
     front_end("import os; os._exit(0) if False else get_ipython().kernel.do_shutdown(False)")
-    end = time.monotonic() + 20
-    while ngrok.endpoints and time.monotonic() < end:
-        time.sleep(0.1)
-    assert ngrok.endpoints == []
+    assert wait_for(lambda: not ngrok.endpoints)

@@ -1,0 +1,52 @@
+"""What every notebook does after its parameters: check them, open the workspace, save it."""
+
+from IPython import get_ipython
+
+from helpers import safe_copy, server
+from helpers.safe_copy import NoCopy, SafeCopy
+from helpers.workspace import SETTINGS, Workspace, check_parameters, open_workspace
+
+WITHOUT_SERVER = "01"  # the notebook that logs nothing
+
+
+def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoCopy]:
+    """Check a notebook's parameters, open its workspace and start what goes on beside it.
+
+    Parameters
+    ----------
+    name : str
+        Of the notebook, such as ``02_cnn_training``.
+    namespace : dict
+        The notebook's ``globals()``. The parameters in it, which are those with a name of
+        `helpers.workspace.SETTINGS`, are replaced by their checked values.
+
+    Returns
+    -------
+    workspace : helpers.workspace.Workspace
+    copy : helpers.safe_copy.SafeCopy or helpers.safe_copy.NoCopy
+        The safe copy; ``copy.save()`` brings it up to date.
+
+    Raises
+    ------
+    helpers.workspace.ParameterError
+        If a value cannot be used; names the parameter.
+    helpers.workspace.WorkspaceError, helpers.safe_copy.SafeCopyError
+        If the workspace or the safe copy cannot be used.
+    """
+    given = {parameter: namespace[parameter] for parameter in SETTINGS if parameter in namespace}
+    checked = check_parameters(**given)
+    namespace.update(checked)
+    _show_pictures_inline()
+    workspace = open_workspace(checked.get("WORKSPACE"))
+    print("Workspace:", workspace.root)
+    copy = safe_copy.start(workspace, checked.get("DRIVE_FOLDER"), name)
+    if not name.startswith(WITHOUT_SERVER):
+        # It takes seconds to start: time in which the reader, or the notebook, goes on.
+        server.prepare(workspace)
+    return workspace, copy
+
+
+def _show_pictures_inline():
+    shell = get_ipython()
+    if shell is not None:
+        shell.run_line_magic("matplotlib", "inline")
