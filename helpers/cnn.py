@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import time
 
 # Read by TensorFlow when it starts: no start-up remarks, and sums in one order whatever the
 # number of cores, so that the same seed gives the same network. One thread is also the fastest
@@ -34,10 +35,12 @@ import mlflow
 import numpy as np
 import pandas as pd
 import psutil
+from mlflow.entities import Metric
 
 from helpers.workspace import ParameterError
 
 FEWEST_STEPS = 600  # of a training; a small table has few batches, and gets more epochs
+MOST_METRICS = 1000  # that MLflow takes in one request
 COPIES = 8  # of its activations and weights that a training holds at once, roughly
 
 
@@ -89,7 +92,7 @@ class Progress(keras.callbacks.Callback):
 
 
 class LogToMlflow(keras.callbacks.Callback):
-    """Log each epoch to the active MLflow run as it ends.
+    """Log the epochs to the active MLflow run as they end, those of a second at once.
 
     Epochs before an interrupt are in the run that was interrupted.
 
@@ -101,12 +104,27 @@ class LogToMlflow(keras.callbacks.Callback):
 
     def __init__(self, prefix: str = "train_"):
         super().__init__()
-        self._prefix = prefix
+        self._prefix, self._waiting, self._sent = prefix, [], 0.0
 
     def on_epoch_end(self, epoch, logs=None):
-        """Log the metrics of an epoch."""
-        values = {f"{self._prefix}{name}": value for name, value in logs.items()}
-        mlflow.log_metrics(values, step=epoch + 1)
+        """Log the metrics of an epoch, or keep them for the next call."""
+        now = time.time()
+        self._waiting += [
+            Metric(self._prefix + name, float(value), int(now * 1000), epoch + 1)
+            for name, value in logs.items()
+        ]
+        if now > self._sent + 1:
+            self._send()
+
+    def on_train_end(self, logs=None):
+        """Log what is left."""
+        self._send()
+
+    def _send(self):
+        run = mlflow.active_run()
+        if run is not None:
+            mlflow.MlflowClient().log_batch(run.info.run_id, self._waiting)
+        self._waiting, self._sent = [], time.time()
 
 
 def backup_folder(folder: Path, split, **settings) -> Path:
@@ -157,30 +175,41 @@ def to_litert(network: keras.Model) -> bytes:
 
 
 def history_table(history: keras.callbacks.History) -> pd.DataFrame:
-    """Return the learning curves of a training: one row per epoch, counted from 1."""
-    index = pd.RangeIndex(1, len(history.epoch) + 1, name="epoch")
-    return pd.DataFrame(history.history, index=index)
+    """Return the learning curves of a training: one row per epoch, counted from 1.
+
+    A training that was interrupted begins where it went on.
+    """
+    epochs = pd.Index(history.epoch, name="epoch", dtype=int) + 1
+    return pd.DataFrame(history.history, index=epochs)
 
 
-def log_training(network: keras.Model, **settings):
-    """Log the settings and the size of a trained network in the active run.
+def log_training(network: keras.Model, rehearsal: pd.DataFrame, **settings):
+    """Log settings, size and validation curves of a trained network in the active run.
 
     Parameters
     ----------
     network : keras.Model
+    rehearsal : pandas.DataFrame, shape (n_epochs, n_curves)
+        From `history_table`, of a training with a held-out part: ``val_loss`` and so on.
     **settings
         Numbers or texts.
     """
-    # With few inputs both sizes are smaller than what was set.
     convolution, pooling = network.layers[1:3]
-    mlflow.log_params(
-        {
-            **settings,
-            "kernel_size": convolution.kernel_size[0],
-            "pool_size": pooling.pool_size[0],
-            "n_inputs": network.input_shape[1],
-            "n_parameters": network.count_params(),
-            "optimizer": network.optimizer.name,
-            "precision": network.dtype_policy.name,
-        }
-    )
+    sizes = {
+        # With few inputs both are smaller than what was set.
+        "kernel_size": convolution.kernel_size[0],
+        "pool_size": pooling.pool_size[0],
+        "n_inputs": network.input_shape[1],
+        "n_parameters": network.count_params(),
+        "optimizer": network.optimizer.name,
+        "precision": network.dtype_policy.name,
+    }
+    mlflow.log_params({**settings, **sizes})
+    now = int(time.time() * 1000)
+    curves = rehearsal.filter(like="val_").items()
+    metrics = [
+        Metric(name, value, now, epoch) for name, curve in curves for epoch, value in curve.items()
+    ]
+    for start in range(0, len(metrics), MOST_METRICS):
+        part = metrics[start : start + MOST_METRICS]
+        mlflow.MlflowClient().log_batch(mlflow.active_run().info.run_id, part)
