@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import platform
@@ -15,9 +16,7 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from sklearn.compose import ColumnTransformer
-from sklearn.ensemble import StackingClassifier
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
     f1_score,
@@ -30,17 +29,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import (
     FunctionTransformer,
     OneHotEncoder,
-    PolynomialFeatures,
     StandardScaler,
 )
-from sklearn.svm import SVC
 from sklearn.utils.estimator_checks import check_estimator
 
 from helpers import access, cnn, data, model_interface, tracking
 from helpers.evaluation import compute_metrics
 from helpers.model_interface import TabularPreprocessor
-from helpers.workspace import ParameterError, open_workspace
+from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.cells import train_network
+from tests.serving import fit_svm
 
 QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8}
 
@@ -59,7 +57,10 @@ def reference(split):
         FunctionTransformer(np.clip, kw_args={"a_min": -2, "a_max": 2}),
     )
     return ColumnTransformer(
-        [("categorical", encoder, list(split.categorical)), ("numeric", numbers, split.numeric)]
+        [
+            ("numeric", numbers, list(split.numeric)),
+            ("categorical", encoder, list(split.categorical)),
+        ]
     )
 
 
@@ -105,7 +106,7 @@ def test_preprocessing_learns_from_gaps_rare_levels_and_pandas_own_types(small_f
     expected = reference(roles).fit_transform(frame)
     np.testing.assert_allclose(own.fit_transform(frame), expected, rtol=0, atol=1e-12)
     names = ["city_Faro", "city_Lisboa", "city_Porto", "city_None", "city_other"]
-    assert own.get_feature_names_out()[:5].tolist() == names
+    assert own.get_feature_names_out()[4:9].tolist() == names
     np.testing.assert_array_equal(own.fit_transform(frame.convert_dtypes()), own.transform(frame))
 
 
@@ -141,8 +142,13 @@ def test_columns_that_say_nothing_give_finite_inputs():
     own = TabularPreprocessor(["different"], n_bins=8)
     inputs = own.fit_transform(frame)
     assert np.isfinite(inputs).all()
-    assert own.get_feature_names_out()[:3].tolist() == ["different_other", "constant", "empty"]
-    assert np.ptp(inputs[:, :3], axis=0).tolist() == [0, 0, 0]
+    assert own.get_feature_names_out()[[0, 1, 2, -1]].tolist() == [
+        "constant",
+        "empty",
+        "number",
+        "different_other",
+    ]
+    assert np.ptp(inputs[:, [0, 1, -1]], axis=0).tolist() == [0, 0, 0]
     many = pd.DataFrame({"different": [f"level {number % 10_000}" for number in range(20_000)]})
     assert TabularPreprocessor(["different"]).fit_transform(many).shape == (20_000, 1)
     assert TabularPreprocessor(["different"], min_frequency=1).fit(many).levels_[0][0] == "level 0"
@@ -308,17 +314,6 @@ def log_network(split, folder):
     """Do what notebook 02 does."""
     made = train_network(split, open_workspace(folder), **QUICK)
     return made.run, made.model_info, made.metrics
-
-
-def fit_svm(split):
-    """Return preprocessing and classifier as notebook 03 makes them."""
-    preprocessing = TabularPreprocessor(split.categorical)
-    svc = SVC(C=2.0, gamma=0.1, decision_function_shape="ovo")
-    probabilities = make_pipeline(PolynomialFeatures(2), LogisticRegression(C=0.3))
-    classifier = StackingClassifier(
-        [("svc", svc)], probabilities, cv=3, stack_method="decision_function"
-    )
-    return preprocessing, classifier.fit(preprocessing.fit_transform(split.X_train), split.y_train)
 
 
 def log_svm(split, folder):
@@ -587,6 +582,41 @@ def test_model_answers_in_a_process_that_knows_nothing_of_the_project(
     assert done.returncode == 0, done.stderr
     answer = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]))
     same_answer(answer, logged.model.predict(small_split.X_test))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("uv") is None, reason="needs uv")
+def test_network_answers_where_only_its_requirements_are_installed(logged, small_split, tmp_path):
+    if logged.kind != "network":
+        pytest.skip("one model is enough")
+    requirements = logged.folder / "requirements.txt"
+    assert "tensorflow" not in requirements.read_text(encoding="utf-8")
+    python = tmp_path / "env" / "bin" / "python"
+    for command in (
+        ["venv", "--python", sys.executable, str(tmp_path / "env")],
+        ["pip", "install", "--python", str(python), "-r", str(requirements)],
+    ):
+        subprocess.run([sys.executable, "-m", "uv", *command], check=True, capture_output=True)
+    small_split.X_test.to_csv(tmp_path / "rows.csv", index=False)
+    shutil.copytree(logged.folder, tmp_path / "model")
+    code = f"{CLIENT}assert importlib.util.find_spec('tensorflow') is None\n"
+    done = subprocess.run(
+        [python, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/x.db"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]))
+    same_answer(answer, logged.model.predict(small_split.X_test))
+
+
+@pytest.mark.parametrize("module", ["helpers.tracking", "helpers.model_interface"])
+def test_what_clients_import_does_not_import_tensorflow(module):
+    code = f"import sys, {module}; assert not {{'tensorflow', 'keras'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)
 
 
 # --- another kind of table ---------------------------------------------------------------------
