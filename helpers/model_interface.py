@@ -1,23 +1,25 @@
 """The interface of both models: raw columns in, prediction and probabilities out.
 
 MLflow stores this file inside each logged model ("models from code") and runs it when a client
-loads the model. It therefore imports nothing from this project, and TensorFlow only where a
-network is loaded.
+loads the model. It therefore imports nothing from this project, and what runs a network or reads
+a classifier only where there is one.
 """
 
 import json
-import os
+import threading
+from collections import Counter
 from pathlib import Path
 
-import joblib
 import mlflow
 import numpy as np
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
-from scipy.special import expit
+from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, validate_data
 
 FEW_ROWS = 100  # up to which looking up every value beats finding the different ones
+MOST_ROWS = 1000  # that a network is asked at once; more would only take memory
 NUMBERS = {int, float, bool, type(None)}
 TRUTH = {"true": 1.0, "false": 0.0}
 
@@ -152,199 +154,323 @@ def convert(frame, columns):
     )
 
 
-class FastPreprocessor:
-    """A fitted preprocessor with the same results and little fixed cost.
+class TabularPreprocessor(TransformerMixin, BaseEstimator):
+    """Turn the columns of a table into the inputs of a model.
 
-    scikit-learn checks and copies its input once per step and column, which for a single row
-    takes longer than the model. Here the codes of each category are looked up in a table that
-    the fitted encoder itself has filled, and the numbers are computed with the fitted figures.
+    Numbers come first: missing values become the median, then zero mean and unit variance, cut
+    off at ±`clip`, so that a few extreme values do not decide distances. Categories: one output
+    per level; levels in fewer than `min_frequency` training rows share one output, which is also
+    where levels go that were never seen. The same as scikit-learn's ``OneHotEncoder``,
+    ``SimpleImputer`` and ``StandardScaler``, without their fixed cost, which for a single row is
+    a hundred times that of the computation.
 
     Parameters
     ----------
-    fitted : sklearn.compose.ColumnTransformer
-        With the transformers ``categorical`` (one-hot) and ``numeric`` (impute, standardise, and
-        a function), as the project's preprocessing makes it.
-    columns : dict of str to {'number', 'boolean', 'text'}
+    categorical : sequence of str or int
+        Columns of categories: names in a DataFrame, positions in an array. All others are numbers.
+    n_bins : int
+        0, or the number of bins for piecewise-linear codes [1]_: after the numbers come, bin j by
+        bin j, clip((x - q[j-1]) / (q[j] - q[j-1]), 0, 1) for each number x, with q the quantiles
+        of its training values.
+    min_frequency : int
+        Training rows below which levels are pooled.
+    clip : float
+        Standard deviations at which numbers are cut off.
+
+    Attributes
+    ----------
+    n_features_in_ : int
+    feature_names_in_ : numpy.ndarray of str
+        Only if fitted on a DataFrame.
+    levels_ : list of list
+        Of each categorical column, those with an output of their own; None stands for missing.
+    pooled_ : list of bool
+        Whether there is an output for all other levels; else these have zeros everywhere.
+
+    References
+    ----------
+    .. [1] Y. Gorishniy, I. Rubachev, A. Babenko (2022). *On Embeddings for Numerical Features in
+       Tabular Deep Learning*. NeurIPS. arXiv:2203.05556
     """
 
-    def __init__(self, fitted, columns):
-        self._width = max(part.stop for part in fitted.output_indices_.values())
-        parts = {name: (part, list(names)) for name, part, names in fitted.transformers_}
-        encoder, self._categorical = parts.get("categorical", (None, []))
-        scaler, self._numeric = parts.get("numeric", (None, []))
-        unknown = set(parts) - {"categorical", "numeric", "remainder"}
-        if unknown:
-            raise ValueError(f"unknown parts: {unknown}")
-        order = list(columns)
-        self._positions = [order.index(name) for name in self._numeric]
-        self._tables = self._make_tables(encoder, columns) if self._categorical else []
-        self._tables = [(order.index(name), *table) for name, table in self._tables]
-        if self._numeric:
-            (_, imputer), (_, standard), (_, last) = scaler.steps
-            self._outputs = fitted.output_indices_["numeric"]
-            self._median, self._last = imputer.statistics_, last
-            self._mean, self._scale = standard.mean_, standard.scale_
+    def __init__(self, categorical=(), n_bins=0, min_frequency=20, clip=2.0):
+        self.categorical = categorical
+        self.n_bins = n_bins
+        self.min_frequency = min_frequency
+        self.clip = clip
 
-    def _make_tables(self, encoder, columns):
-        """Return each column and its first output, positions of levels, outputs of levels."""
-        levels = [list(each) for each in encoder.categories_]
-        most = max(map(len, levels)) + 1
-        frame = {}
-        for name, known in zip(self._categorical, levels, strict=True):
-            # No level is called so; what the encoder makes of it, it makes of any new level.
-            unseen = "\0" if columns[name] == "text" else -np.pi
-            filled = pd.Series([*known, *[unseen] * (most - len(known))], dtype=object)
-            frame[name] = filled if columns[name] == "text" else filled.astype("float64")
-        outputs, tables, start = encoder.transform(pd.DataFrame(frame)), [], 0
-        pooled = encoder.infrequent_categories_
-        for name, known, rare in zip(self._categorical, levels, pooled, strict=True):
-            width = len(known) if rare is None else len(known) - len(rare) + 1
-            positions = {_key(level): number for number, level in enumerate(known)}
-            table = outputs[: len(known) + 1, start : start + width]
-            tables.append((name, (start, positions, np.ascontiguousarray(table))))
-            start += width
-        return tables
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.categorical = tags.input_tags.string = bool(len(self.categorical))
+        return tags
 
-    def transform(self, rows):
-        """Transform rows.
+    def fit(self, X, y=None):
+        """Learn levels, medians, scales and quantiles.
 
         Parameters
         ----------
-        rows : pandas.DataFrame, shape (n_rows, n_columns)
-            From `convert`.
+        X : pandas.DataFrame or numpy.ndarray, shape (n_rows, n_columns)
+        y : None
+            Unused; part of scikit-learn's interface.
 
         Returns
         -------
-        numpy.ndarray, shape (n_rows, n_inputs), float64
+        self
+
+        Raises
+        ------
+        ValueError
+            If a categorical column is missing, or another one holds something else than finite
+            numbers and gaps; names the column.
         """
-        values, outputs = rows.to_numpy(), np.empty((len(rows), self._width))
-        for column, start, positions, table in self._tables:
-            outputs[:, start : start + table.shape[1]] = _look_up(
-                values[:, column], positions, table
-            )
-        if self._numeric:
-            numbers = values[:, self._positions].astype("float64")
-            numbers = np.where(np.isnan(numbers), self._median, numbers)
-            numbers = (numbers - self._mean) / self._scale
-            outputs[:, self._outputs] = self._last.func(numbers, **(self._last.kw_args or {}))
+        values = self._values(X, reset=True)
+        names = self._names()
+        missing = [name for name in self.categorical if name not in names]
+        if missing:
+            raise ValueError(f"There is no categorical column {missing[0]!r} in the table.")
+        self._divide()
+        learnt = [_frequent_levels(values[:, n], self.min_frequency) for n in self._categories]
+        self.levels_ = [levels for levels, _ in learnt]
+        self.pooled_ = [pooled for _, pooled in learnt]
+        numbers = self._numbers(values)
+        infinite = np.isinf(numbers).any(axis=0)
+        if infinite.any():
+            name = names[self._numeric[infinite.argmax()]]
+            raise ValueError(f"The column {name!r} has infinite numbers. Leave these rows out.")
+        gaps = np.isnan(numbers)
+        # A column without a single value is a constant.
+        numbers[:, gaps.all(axis=0)] = 0.0
+        self.median_ = np.nanmedian(numbers, axis=0)
+        filled = np.where(gaps, self.median_, numbers)
+        parts = [self._codes(*columns) for columns in zip(filled.T, numbers.T, strict=True)]
+        # All numbers, then their codes bin by bin: so a convolution sees several columns at once.
+        order = sorted((n, column) for column, part in enumerate(parts) for n in range(len(part)))
+        codes = [[column, n, *parts[column][n]] for n, column in order]
+        self.codes_ = np.array(codes).reshape(-1, 6)
+        self._place()
+        return self
+
+    def _codes(self, filled, numbers):
+        """Return shift, scale, lowest and highest output of each output of a number."""
+        spread = filled.std() if np.ptp(filled) > 0 else 0.0
+        codes = [[filled.mean(), spread or 1.0, -self.clip, self.clip]]
+        if self.n_bins:
+            share = np.linspace(0, 1, self.n_bins + 1)
+            edges = np.unique(np.quantile(numbers[~np.isnan(numbers)], share))
+            codes += [
+                [low, width, 0.0, 1.0] for low, width in zip(edges, np.diff(edges), strict=False)
+            ]
+        return np.array(codes)
+
+    def _divide(self):
+        """Tell the positions of categories from those of numbers."""
+        names = self._names()
+        self._categories = [names.index(name) for name in self.categorical]
+        self._numeric = [n for n in range(len(names)) if n not in set(self._categories)]
+
+    def _place(self):
+        """Derive from what was learnt which output belongs to what."""
+        self._outputs, start = [], len(self.codes_)
+        for levels, pooled in zip(self.levels_, self.pooled_, strict=True):
+            other = start + len(levels) if pooled else -1
+            self._outputs.append(({level: start + n for n, level in enumerate(levels)}, other))
+            start += len(levels) + pooled
+        self._n_outputs = start
+        self._source = self.codes_[:, 0].astype(int)
+        self._shift, self._scale, self._low, self._high = self.codes_.T[2:].copy()
+
+    def _names(self):
+        return list(getattr(self, "feature_names_in_", range(self.n_features_in_)))
+
+    def _values(self, X, reset=False):
+        """Return a table as one array, after scikit-learn's checks."""
+        if isinstance(X, pd.DataFrame):
+            # The checks of the names take longer than the rest for a single row.
+            if reset or X.columns.tolist() != self._names():
+                validate_data(self, X, reset=reset, skip_check_array=True)
+            if reset and not len(X):
+                raise ValueError("There are no rows to fit the preprocessing to.")
+            return X.to_numpy()
+        kind = object if len(self.categorical) else "float64"
+        return validate_data(self, X, reset=reset, dtype=kind, ensure_all_finite="allow-nan")
+
+    def _numbers(self, values):
+        """Return the numeric columns as a float64 array; missing is NaN."""
+        numbers = values[:, self._numeric]
+        try:
+            return numbers.astype("float64")
+        except TypeError:  # pandas' own sign for missing
+            return np.where(pd.isna(numbers), np.nan, numbers).astype("float64")
+        except ValueError:
+            texts = [any(isinstance(each, str) for each in column) for column in numbers.T]
+            name = self._names()[self._numeric[texts.index(True)]] if any(texts) else "?"
+            raise ValueError(
+                f"The column {name!r} has texts. Name it in `categorical`, or correct it."
+            ) from None
+
+    def transform(self, X):
+        """Return the inputs of a model.
+
+        Parameters
+        ----------
+        X : pandas.DataFrame or numpy.ndarray, shape (n_rows, n_columns)
+            The columns of `fit`, in their order.
+
+        Returns
+        -------
+        numpy.ndarray, shape (n_rows, n_outputs), float64
+        """
+        check_is_fitted(self, "codes_")
+        values = self._values(X)
+        outputs = np.zeros((len(values), self._n_outputs))
+        if self._categories:
+            columns = zip(self._categories, self._outputs, strict=True)
+            places = np.array([_look_up(values[:, n], *outputs) for n, outputs in columns]).T
+            rows, columns = np.nonzero(places >= 0)
+            outputs[rows, places[rows, columns]] = 1.0
+        numbers = self._numbers(values)
+        numbers = np.where(np.isnan(numbers), self.median_, numbers)
+        scaled = (numbers[:, self._source] - self._shift) / self._scale
+        outputs[:, : len(self._source)] = np.clip(scaled, self._low, self._high)
         return outputs
 
+    def get_feature_names_out(self, input_features=None):
+        """Return a name for each output, such as ``city_Porto``, ``city_other`` or ``age_bin1``.
 
-def _look_up(values, positions, table):
-    """Return the outputs of each value; the last row of the table is that of new levels."""
-    unseen = len(table) - 1
-    if len(values) < FEW_ROWS:
-        return table[[positions.get(_key(value), unseen) for value in values.tolist()]]
-    codes, different = pd.factorize(values, use_na_sentinel=False)
-    return table[np.array([positions.get(_key(value), unseen) for value in different])[codes]]
+        Parameters
+        ----------
+        input_features : sequence of str, optional
+            Names of the columns, where `fit` saw none.
+
+        Returns
+        -------
+        numpy.ndarray of str, shape (n_outputs,)
+        """
+        check_is_fitted(self, "codes_")
+        names = _check_feature_names_in(self, input_features)
+        made = []
+        for column, number in self.codes_[:, :2].astype(int):
+            name = names[self._numeric[column]]
+            made.append(f"{name}_bin{number}" if number else name)
+        for column, levels, pooled in zip(
+            self._categories, self.levels_, self.pooled_, strict=True
+        ):
+            every = [*levels, "other"] if pooled else levels
+            made += [f"{names[column]}_{level}" for level in every]
+        return np.array(made, dtype=object)
+
+    def to_dict(self):
+        """Return parameters and what was learnt, as JSON can hold it."""
+        return {
+            "parameters": {**self.get_params(), "categorical": list(self.categorical)},
+            "columns": self._names(),
+            "levels": self.levels_,
+            "pooled": self.pooled_,
+            "median": self.median_.tolist(),
+            "codes": self.codes_.tolist(),
+        }
+
+    @classmethod
+    def from_dict(cls, content):
+        """Make a fitted transformer from what `to_dict` returned.
+
+        Parameters
+        ----------
+        content : dict
+
+        Returns
+        -------
+        TabularPreprocessor
+        """
+        made = cls(**content["parameters"])
+        made.n_features_in_ = len(content["columns"])
+        if made.n_features_in_ and isinstance(content["columns"][0], str):
+            made.feature_names_in_ = np.array(content["columns"], dtype=object)
+        made.levels_, made.pooled_ = content["levels"], content["pooled"]
+        made.median_ = np.array(content["median"])
+        made.codes_ = np.array(content["codes"]).reshape(-1, 6)
+        made._divide()
+        made._place()
+        return made
 
 
 def _key(value):
-    """Return a value as a key; NaN, which equals nothing, becomes None."""
-    return None if value is None or value != value else value
+    """Return a value as a key; every sign for missing, some of which equal nothing, is None."""
+    return None if pd.isna(value) else value
 
 
-def _probe(fitted, columns):
-    """Return rows with every level, a level never seen, and gaps in every column."""
-    parts = {name: (part, names) for name, part, names in fitted.transformers_}
-    encoder, categorical = parts.get("categorical", (None, ()))
-    levels = dict(zip(categorical, encoder.categories_, strict=True)) if encoder else {}
-    n_rows = 3 + max((len(each) for each in levels.values()), default=0)
-    numbers = np.linspace(-50, 50, n_rows) ** 3
-    frame = {}
-    for name, kind in columns.items():
-        new = ["\0", None] if kind == "text" else [-np.pi, np.nan]
-        values = [*levels[name], *new] if name in levels else [*numbers[:-1], np.nan]
-        frame[name] = pd.Series((values * n_rows)[:n_rows], dtype=object)
-        if kind != "text":
-            frame[name] = frame[name].astype("float64")
-    return pd.DataFrame(frame)
+def _is_whole(value):
+    return isinstance(value, (float, np.number)) and float(value).is_integer()
 
 
-def make_fast(fitted, columns):
-    """Return a preprocessor as a `FastPreprocessor`, or as it is where that is not the same.
+def _frequent_levels(column, min_frequency):
+    """Return the levels of at least so many rows, in order, and whether there are others."""
+    counts = Counter(map(_key, column.tolist()))
+    levels = [level for level, count in counts.items() if count >= min_frequency]
+    # Codes next to floats became floats, which would look strange in names of outputs.
+    levels = [int(each) if _is_whole(each) else each for each in levels]
+    order = sorted(levels, key=lambda level: (level is None, isinstance(level, str), level))
+    return order, len(levels) < len(counts)
+
+
+def _look_up(column, positions, other):
+    """Return the output of each value of a categorical column; -1 for none."""
+    if len(column) < FEW_ROWS:
+        return [positions.get(_key(value), other) for value in column.tolist()]
+    codes, different = pd.factorize(column, use_na_sentinel=False)
+    return np.array([positions.get(_key(value), other) for value in different])[codes]
+
+
+class LiteNetwork:
+    """A network converted to LiteRT; any number of threads may ask it.
 
     Parameters
     ----------
-    fitted : sklearn.compose.ColumnTransformer
-        Also one of other steps than those of `helpers.preprocessing`.
-    columns : dict
-        See `convert`.
-
-    Returns
-    -------
-    FastPreprocessor or sklearn.compose.ColumnTransformer
+    content : bytes
+        From `tf.lite.TFLiteConverter`.
     """
-    try:
-        fast, rows = FastPreprocessor(fitted, columns), _probe(fitted, columns)
-        same = np.array_equal(fast.transform(rows), fitted.transform(rows))
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return fitted
-    return fast if same else fitted
 
+    def __init__(self, content):
+        from ai_edge_litert.interpreter import Interpreter
 
-def _load_classifier(path, columns):
-    """Return a function from converted rows to class probabilities."""
-    classifier = joblib.load(path)
-    parts = getattr(classifier, "calibrated_classifiers_", [])
-    steps = getattr(getattr(parts[0], "estimator", None), "steps", ()) if len(parts) == 1 else ()
-    if len(steps) != 2:
-        return classifier.predict_proba
-    # The classifier averages over its parts, here a single one; asked directly, it does not
-    # check the rows at every step on the way.
-    (part,) = parts
-    preprocessor, part.estimator = make_fast(steps[0][1], columns), steps[1][1]
-    probabilities = part.predict_proba
-    if isinstance(preprocessor, FastPreprocessor):
-        probe = preprocessor.transform(_probe(steps[0][1], columns))
-        fast = _calibrated(part)
-        if fast and np.allclose(fast(probe), part.predict_proba(probe), rtol=0, atol=1e-12):
-            probabilities = fast
-    return lambda rows: probabilities(preprocessor.transform(rows))
+        self._interpreter = Interpreter(model_content=content, num_threads=1)
+        self._place = self._interpreter.get_input_details()[0]["index"]
+        self._answer = self._interpreter.get_output_details()[0]["index"]
+        self._n_rows, self._lock = None, threading.Lock()
 
+    def predict_proba(self, inputs):
+        """Return class probabilities.
 
-def _calibrated(part):
-    """Return the function from inputs to probabilities of a classifier with Platt's sigmoids.
+        Parameters
+        ----------
+        inputs : numpy.ndarray, shape (n_rows, n_inputs)
 
-    The same as the classifier's own, which spends most of its time on looking at what it is
-    given; None where it is calibrated in another way or has two classes.
-    """
-    sigmoids = part.calibrators
-    if len(sigmoids) < 3 or not all(hasattr(each, "a_") for each in sigmoids):
-        return None
-    slopes = np.array([each.a_ for each in sigmoids])
-    offsets = np.array([each.b_ for each in sigmoids])
+        Returns
+        -------
+        numpy.ndarray, shape (n_rows, n_classes), float32
+        """
+        inputs = np.asarray(inputs, "float32")
+        with self._lock:
+            starts = range(0, len(inputs), MOST_ROWS)
+            return np.concatenate([self._ask(inputs[n : n + MOST_ROWS]) for n in starts])
 
-    def probabilities(inputs):
-        scores = expit(-(slopes * part.estimator.decision_function(inputs) + offsets))
-        total = scores.sum(axis=1, keepdims=True)
-        return scores / total if total.all() else part.predict_proba(inputs)
-
-    return probabilities
-
-
-def _load_network(folder):
-    """Return a function from a float32 array (n_rows, n_inputs) to class probabilities."""
-    # TensorFlow's start-up remarks are of no use to a client.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import keras
-    import tensorflow as tf
-
-    network = keras.saving.load_model(folder / "network.keras", compile=False)
-    specification = tf.TensorSpec((None, network.input_shape[1]), tf.float32)
-    # A traced function skips the fixed cost of `network.predict`, most of a short request.
-    traced = tf.function(
-        lambda inputs: network(inputs, training=False), input_signature=[specification]
-    )
-    return lambda inputs: traced(tf.constant(inputs, tf.float32)).numpy()
+    def _ask(self, inputs):
+        if len(inputs) != self._n_rows:
+            self._interpreter.resize_tensor_input(self._place, inputs.shape)
+            self._interpreter.allocate_tensors()
+            self._n_rows = len(inputs)
+        self._interpreter.set_tensor(self._place, inputs)
+        self._interpreter.invoke()
+        return self._interpreter.get_tensor(self._answer)
 
 
 class TabularClassifier(mlflow.pyfunc.PythonModel):
     """A classifier of table rows, for `mlflow.pyfunc`.
 
-    The folder given as the artifact ``model`` holds ``interface.json`` (columns and labels) and
-    either ``classifier.joblib``, a fitted scikit-learn classifier with its preprocessing, or
-    ``preprocessor.joblib`` and ``network.keras``.
+    The folder given as the artifact ``model`` holds ``interface.json`` (columns, labels, fitted
+    preprocessing) and either ``network.tflite`` or ``classifier.joblib``, a fitted scikit-learn
+    classifier of preprocessed rows.
     """
 
     def load_context(self, context):
@@ -358,12 +484,13 @@ class TabularClassifier(mlflow.pyfunc.PythonModel):
         interface = json.loads((folder / "interface.json").read_text(encoding="utf-8"))
         self.columns = interface["columns"]
         self.labels = interface["labels"]
-        if (folder / "classifier.joblib").exists():
-            self._probabilities = _load_classifier(folder / "classifier.joblib", self.columns)
+        self.preprocessing = TabularPreprocessor.from_dict(interface["preprocessing"])
+        if (folder / "network.tflite").exists():
+            self.model = LiteNetwork((folder / "network.tflite").read_bytes())
         else:
-            preprocessor = make_fast(joblib.load(folder / "preprocessor.joblib"), self.columns)
-            network = _load_network(folder)
-            self._probabilities = lambda frame: network(preprocessor.transform(frame))
+            import joblib
+
+            self.model = joblib.load(folder / "classifier.joblib")
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
         """Classify rows.
@@ -405,7 +532,8 @@ class TabularClassifier(mlflow.pyfunc.PythonModel):
         """
         probabilities = np.zeros((0, len(self.labels)))
         if len(rows):
-            probabilities = np.asarray(self._probabilities(rows), dtype="float64")
+            inputs = self.preprocessing.transform(rows)
+            probabilities = np.asarray(self.model.predict_proba(inputs), dtype="float64")
             probabilities /= probabilities.sum(axis=1, keepdims=True)
         winners = probabilities.argmax(axis=1).tolist()
         return [self.labels[winner] for winner in winners], probabilities

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import joblib
 import mlflow
+import numpy as np
 import pandas as pd
 import psutil
 from mlflow.entities import Metric, Param, RunStatus, RunTag
@@ -32,16 +33,28 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from helpers import access, background, server
 from helpers.display import silenced_libraries
 from helpers.evaluation import compute_metrics
-from helpers.workspace import in_colab
+from helpers.model_interface import LiteNetwork
+from helpers.workspace import ProjectError, in_colab
 
 INTERFACE = Path(__file__).with_name("model_interface.py")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
-MODEL_FILES = {"classifier": "classifier.joblib", "preprocessor": "preprocessor.joblib"}
+MODEL_FILES = {
+    "classifier": "classifier.joblib",
+    "network": "network.tflite",
+    "keras": "network.keras",
+}
+COMPARED_ROWS = 1000  # training rows on which a converted network must answer as before
+TOLERANCE = 1e-5  # largest difference of a probability
 SERIES = "series"  # tag: the workspace that a run belongs to
 TRAINING_ROWS = "training_rows.txt"  # artifact: the hash of each row that a run was trained on
 
 
 _series = None  # of the workspace that this process is connected for
+
+
+class ModelError(ProjectError):
+    """A model cannot be logged."""
+
 
 # --- connecting -------------------------------------------------------------------------------
 
@@ -536,56 +549,82 @@ def _pinned(*names):
     return [f"{name}=={metadata.version(name)}" for name in names]
 
 
-def save_parts(folder, split, **parts):
+def save_parts(folder, split, preprocessing, model):
     """Write the fitted parts of a model where the model interface looks for them.
 
     Parameters
     ----------
     folder : pathlib.Path
     split : helpers.data.Split
-    **parts
-        ``classifier``, or ``preprocessor`` and ``network``.
+    preprocessing : helpers.model_interface.TabularPreprocessor
+    model : keras.Model or classifier of scikit-learn
+
+    Raises
+    ------
+    ModelError
+        If a network answers otherwise once it is converted.
     """
-    interface = {"columns": column_kinds(split.X_train), "labels": split.labels}
+    interface = {
+        "columns": column_kinds(split.X_train),
+        "labels": split.labels,
+        "preprocessing": preprocessing.to_dict(),
+    }
     text = json.dumps(interface, indent=2, ensure_ascii=False)
     (folder / "interface.json").write_text(text, encoding="utf-8")
-    for name, part in parts.items():
-        if name == "network":
-            part.save(folder / "network.keras")
-        else:
-            joblib.dump(part, folder / MODEL_FILES[name], compress=3)
+    if hasattr(model, "predict_proba"):
+        joblib.dump(model, folder / MODEL_FILES["classifier"], compress=3)
+        return
+    from helpers import cnn
+
+    content = cnn.to_litert(model)
+    rows = preprocessing.transform(split.X_train.head(COMPARED_ROWS)).astype("float32")
+    gap = np.abs(LiteNetwork(content).predict_proba(rows) - model(rows).numpy()).max()
+    if not gap <= TOLERANCE:
+        raise ModelError(
+            f"The network that was converted to LiteRT answers otherwise: a probability differs "
+            f"by {gap:.2g}. Use layers that it knows, such as Conv1D, MaxPooling1D and Dense."
+        )
+    (folder / MODEL_FILES["network"]).write_bytes(content)
+    model.save(folder / MODEL_FILES["keras"])
 
 
-def log_model(split, **parts):
+def log_model(split, preprocessing, model):
     """Log a fitted model with the interface of the series in the active run.
 
     Parameters
     ----------
     split : helpers.data.Split
         Its training rows give signature and input example.
-    **parts
-        Fitted parts: ``classifier``, or ``preprocessor`` and ``network``.
+    preprocessing : helpers.model_interface.TabularPreprocessor
+        Fitted.
+    model : keras.Model or classifier of scikit-learn
+        Fitted; takes preprocessed rows. A network is run by LiteRT, so that clients need no
+        TensorFlow; the ``.keras`` file lies beside it.
 
     Returns
     -------
     mlflow.models.model.ModelInfo
         ``model_uri`` loads the model back.
+
+    Raises
+    ------
+    ModelError
+        If a network answers otherwise once it is converted.
     """
     columns = column_kinds(split.X_train)
-    needed = ["mlflow", "pandas", "numpy", "scikit-learn", "joblib"]
-    needed += ["tensorflow"] if "network" in parts else []
+    runs = "joblib" if hasattr(model, "predict_proba") else "ai-edge-litert"
     temporary = Path(tempfile.mkdtemp())
     folder = temporary / "parts"
     folder.mkdir()
     try:
-        save_parts(folder, split, **parts)
+        save_parts(folder, split, preprocessing, model)
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(INTERFACE),
             artifacts={"model": str(folder)},
             signature=make_signature(columns, split.labels, split.manifest.get("header")),
             input_example=split.X_train.head(3),
-            pip_requirements=_pinned(*needed),
+            pip_requirements=_pinned("mlflow", "pandas", "numpy", "scikit-learn", runs),
             metadata={"columns": columns, "labels": [str(label) for label in split.labels]},
         )
     finally:

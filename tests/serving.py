@@ -6,37 +6,53 @@ from contextlib import contextmanager
 import mlflow
 import pandas as pd
 import uvicorn
+from sklearn.ensemble import StackingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
+from sklearn.svm import SVC
 
-from helpers import cnn, registry, svm, tracking
+from helpers import registry, tracking
+from helpers.model_interface import TabularPreprocessor
 from helpers.registry import Candidate
+from helpers.workspace import open_workspace
+from tests.cells import train_network
 from tests.series import wait_for
 
-QUICK = cnn.Settings(epochs=4, batch_size=32)
-PASSED = {"passed": [True], "finding": [""]}
+PASSED = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
+
+
+def fit_svm(split, C=1.0, gamma=0.1):
+    """Return fitted preprocessing and classifier, as notebook 03 makes them."""
+    preprocessing = TabularPreprocessor(split.categorical)
+    svc = SVC(C=C, gamma=gamma, decision_function_shape="ovo")
+    probabilities = make_pipeline(PolynomialFeatures(2), LogisticRegression(C=0.3))
+    classifier = StackingClassifier(
+        [("svc", svc)], probabilities, cv=StratifiedKFold(3), stack_method="decision_function"
+    )
+    return preprocessing, classifier.fit(preprocessing.fit_transform(split.X_train), split.y_train)
 
 
 def log_svm(split, C=1.0):
     """Log an SVM as notebook 03 does, without the search."""
     with tracking.start_run("svc_model", "svm", split.manifest) as run:
-        info = tracking.log_model(split, classifier=svm.fit_best(split, C, 0.1, folds=3))
+        tracking.log_split(split)
+        info = tracking.log_model(split, *fit_svm(split, C))
         tracking.evaluate_logged_model(info, split)
     return mlflow.get_run(run.info.run_id)
 
 
-def log_network(split):
-    """Log a network as notebook 02 does, trained for a few epochs."""
-    training = cnn.train(split, QUICK)
-    parts = {"preprocessor": training.preprocessor, "network": training.network}
-    with tracking.start_run("conv_network", "default_logistic", split.manifest) as run:
-        info = tracking.log_model(split, **parts)
-        tracking.evaluate_logged_model(info, split)
-    return mlflow.get_run(run.info.run_id)
+def log_network(split, folder):
+    """Log a network as notebook 02 does; `folder` is a workspace's."""
+    made = train_network(split, open_workspace(folder), EPOCHS=4, BATCH_SIZE=32, FILTERS=8)
+    return mlflow.get_run(made.run.info.run_id)
 
 
 def put_in_production(name, run, split):
     """Register a run's model and promote it, as notebook 04 does; return the version."""
     candidate, client = Candidate(name, run, split), mlflow.MlflowClient()
-    checks = pd.concat({name: pd.DataFrame(PASSED, index=["all"])})
+    checks = pd.concat({name: PASSED})
     with registry.promoting(candidate, checks, "a test") as promotion:
         version = promotion.version or mlflow.register_model(candidate.model_uri, name)
         client.transition_model_version_stage(name, version.version, "Production", True)

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import platform
@@ -8,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import joblib
 import keras
 import mlflow
 import numpy as np
@@ -25,212 +25,225 @@ from sklearn.metrics import (
     recall_score,
     roc_auc_score,
 )
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import OrdinalEncoder, StandardScaler
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import (
+    FunctionTransformer,
+    OneHotEncoder,
+    StandardScaler,
+)
+from sklearn.utils.estimator_checks import check_estimator
 
-from helpers import access, cnn, data, model_interface, svm, tracking
+from helpers import access, cnn, data, model_interface, tracking
 from helpers.evaluation import compute_metrics
-from helpers.preprocessing import make_preprocessor
-from helpers.workspace import ParameterError
+from helpers.model_interface import TabularPreprocessor
+from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
+from tests.cells import train_network
+from tests.serving import fit_svm
 
-QUICK = cnn.Settings(epochs=4, batch_size=16)
-JUMPY = cnn.Settings(epochs=40, batch_size=8, learning_rate=0.02, l2=1e-4, patience=4, seed=1)
+QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8}
+
+
+# --- preprocessing ----------------------------------------------------------------------------
+
+
+def reference(split):
+    """Return the same preprocessing made of scikit-learn's parts."""
+    encoder = OneHotEncoder(
+        min_frequency=20, handle_unknown="infrequent_if_exist", sparse_output=False
+    )
+    numbers = make_pipeline(
+        SimpleImputer(strategy="median"),
+        StandardScaler(),
+        FunctionTransformer(np.clip, kw_args={"a_min": -2, "a_max": 2}),
+    )
+    return ColumnTransformer(
+        [
+            ("numeric", numbers, list(split.numeric)),
+            ("categorical", encoder, list(split.categorical)),
+        ]
+    )
+
+
+def odd_rows(split):
+    """Return test rows with gaps, unseen levels and extreme numbers in them."""
+    rows = split.X_test.copy()
+    for number, name in enumerate(rows.columns):
+        if rows[name].dtype.kind in "if":
+            rows[name] = rows[name].astype("float64")
+            rows.iloc[number, number] = np.nan
+            rows.iloc[number + 10, number] = -1e12
+        else:
+            rows.iloc[number, number] = None
+            rows.iloc[number + 10, number] = "Évora"
+    return rows
+
+
+@pytest.mark.parametrize("n_bins", [0, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_preprocessing_passes_the_checks_of_scikit_learn(n_bins):
+    check_estimator(TabularPreprocessor(n_bins=n_bins))
+
+
+@pytest.mark.parametrize("n_rows", [1, 45, 450])
+def test_preprocessing_gives_what_the_parts_of_scikit_learn_give(small_split, n_rows):
+    own = TabularPreprocessor(small_split.categorical).fit(small_split.X_train)
+    fitted = reference(small_split).fit(small_split.X_train)
+    rows = pd.concat([odd_rows(small_split)] * 10, ignore_index=True).head(n_rows)
+    np.testing.assert_allclose(own.transform(rows), fitted.transform(rows), rtol=0, atol=1e-12)
+    assert len(own.get_feature_names_out()) == fitted.transform(rows).shape[1]
+
+
+def test_preprocessing_learns_from_gaps_rare_levels_and_pandas_own_types(small_frame):
+    frame = small_frame(rows=300, seed=2).drop(columns="Target")
+    frame.loc[::7, "city"] = None
+    frame.loc[1:9, "city"] = "Évora"
+    frame.loc[::5, "width"] = np.nan
+    frame["paid"] = frame["length"] > 1
+    roles = SimpleNamespace(
+        categorical=["city", "course"], numeric=["length", "width", "age", "paid"]
+    )
+    own = TabularPreprocessor(roles.categorical)
+    expected = reference(roles).fit_transform(frame)
+    np.testing.assert_allclose(own.fit_transform(frame), expected, rtol=0, atol=1e-12)
+    names = ["city_Faro", "city_Lisboa", "city_Porto", "city_None", "city_other"]
+    assert own.get_feature_names_out()[4:9].tolist() == names
+    np.testing.assert_array_equal(own.fit_transform(frame.convert_dtypes()), own.transform(frame))
+
+
+@pytest.mark.parametrize("n_bins", [0, 8])
+def test_preprocessing_comes_back_from_json(small_split, n_bins):
+    own = TabularPreprocessor(small_split.categorical, n_bins).fit(small_split.X_train)
+    again = TabularPreprocessor.from_dict(json.loads(json.dumps(own.to_dict())))
+    rows = odd_rows(small_split)
+    np.testing.assert_array_equal(own.transform(rows), again.transform(rows))
+    assert own.get_feature_names_out().tolist() == again.get_feature_names_out().tolist()
+
+
+def test_codes_of_a_number_fill_one_after_the_other_between_its_quantiles():
+    own = TabularPreprocessor(n_bins=4).fit(np.arange(101.0)[:, None])
+    assert own.get_feature_names_out().tolist() == ["x0", *(f"x0_bin{n}" for n in range(1, 5))]
+    codes = own.transform([[-9.0], [0.0], [25.0], [60.0], [100.0], [999.0]])[:, 1:]
+    expected = [[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0.4, 0], [1] * 4, [1] * 4]
+    np.testing.assert_allclose(codes, expected, atol=1e-12)
+    few = TabularPreprocessor(n_bins=4).fit(np.repeat([0.0, 1.0], [80, 20])[:, None])
+    assert few.transform([[0.5]]).shape == (1, 2)
+
+
+def test_columns_that_say_nothing_give_finite_inputs():
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "constant": np.full(300, 7.0),
+            "empty": np.full(300, np.nan),
+            "number": random.normal(size=300),
+            "different": [f"level {number}" for number in range(300)],
+        }
+    )
+    own = TabularPreprocessor(["different"], n_bins=8)
+    inputs = own.fit_transform(frame)
+    assert np.isfinite(inputs).all()
+    assert own.get_feature_names_out()[[0, 1, 2, -1]].tolist() == [
+        "constant",
+        "empty",
+        "number",
+        "different_other",
+    ]
+    assert np.ptp(inputs[:, [0, 1, -1]], axis=0).tolist() == [0, 0, 0]
+    many = pd.DataFrame({"different": [f"level {number % 10_000}" for number in range(20_000)]})
+    assert TabularPreprocessor(["different"]).fit_transform(many).shape == (20_000, 1)
+    assert TabularPreprocessor(["different"], min_frequency=1).fit(many).levels_[0][0] == "level 0"
+
+
+@pytest.mark.parametrize(
+    ("values", "categorical", "message"),
+    [
+        ([1.0, "two"], (), "'column' has texts"),
+        ([1.0, np.inf], (), "'column' has infinite numbers"),
+        ([1.0, 2.0], ["colour"], "no categorical column 'colour'"),
+    ],
+)
+def test_table_that_cannot_be_preprocessed_is_refused_by_column(values, categorical, message):
+    frame = pd.DataFrame({"column": pd.Series(values * 9)})
+    with pytest.raises(ValueError, match=message):
+        TabularPreprocessor(categorical).fit(frame)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, 10**400])
+def test_number_that_is_not_finite_is_refused_by_name(small_split, value):
+    columns = tracking.column_kinds(small_split.X_train)
+    rows = small_split.X_test.head(2).astype({"age": object})
+    rows.iloc[0, rows.columns.get_loc("age")] = value
+    with pytest.raises(MlflowException, match="'age'.*finite"):
+        model_interface.convert(rows, columns)
+
+
+def test_column_that_is_there_twice_is_refused_by_name(small_split):
+    columns = tracking.column_kinds(small_split.X_train)
+    rows = small_split.X_test.head(2)
+    rows = pd.concat([rows, rows[["age"]]], axis=1)
+    with pytest.raises(MlflowException, match="'age' is there more than once"):
+        model_interface.convert(rows, columns)
 
 
 # --- the network and its training --------------------------------------------------------------
 
 
-def test_network_is_the_documented_one_with_1635_parameters():
-    network = cnn.make_network(34, 3)
-    assert [type(layer) for layer in network.layers] == [
+def test_network_is_the_documented_one(small_split, workspace, tracking_server):
+    made = train_network(small_split, workspace, **QUICK, KERNEL_SIZE=5)
+    assert [type(layer) for layer in made.network.layers] == [
         keras.layers.Reshape,
         keras.layers.Conv1D,
         keras.layers.MaxPooling1D,
         keras.layers.Flatten,
         keras.layers.Dense,
     ]
-    assert network.count_params() == 1635
-    assert network.layers[0].output.shape == (None, 34, 1)
-    assert network.layers[1].activation is keras.activations.relu
-    assert network.layers[4].activation is keras.activations.softmax
-    assert network.output_shape == (None, 3)
+    assert made.network.layers[0].output.shape == (None, made.X.shape[1], 1)
+    assert made.network.layers[1].activation is keras.activations.relu
+    assert made.network.layers[4].activation is keras.activations.softmax
+    table = cnn.history_table(made.history)
+    assert {"loss", "accuracy", "val_loss", "val_accuracy"} == set(table.columns)
+    assert table.index[0] == 1
+    assert len(table) == made.epochs
+    assert not list(workspace.training.rglob("*.h5"))
 
 
-@pytest.mark.parametrize("n_inputs", [1, 2, 3, 5])
-def test_network_takes_tables_with_very_few_inputs(n_inputs):
-    network = cnn.make_network(n_inputs, 2, kernel_size=5)
-    answer = network(np.ones((4, n_inputs), "float32")).numpy()
-    np.testing.assert_allclose(answer.sum(axis=1), 1, atol=1e-6)
-
-
-def test_network_shown_before_training_is_the_one_that_is_trained(small_split):
-    # Two levels of 20 rows each: frequent among all training rows, rare once some are held out.
-    levels = np.repeat(["a", "b", "c"], [20, 20, len(small_split.X_train) - 40])
-    manifest = {**small_split.manifest, "categorical": ["city", "course", "level"]}
-    split = replace(
-        small_split, X_train=small_split.X_train.assign(level=levels), manifest=manifest
-    )
-    settings = replace(QUICK, epochs=1, validation_size=0.3)
-    shown, trained = cnn.preview(split, settings), cnn.train(split, settings).network
-    assert shown.input_shape == trained.input_shape
-    assert shown.count_params() == trained.count_params()
-
-
-def test_sizes_logged_are_those_of_the_network_that_was_trained(small_split, tracking_server):
-    manifest = {**small_split.manifest, "categorical": [], "numeric": ["length", "width", "age"]}
-    split = replace(small_split, manifest=manifest)
-    settings = replace(QUICK, epochs=1)
-    training = cnn.train(split, settings)
-    with tracking.start_run("conv_network", "few_inputs") as run:
-        cnn.log_training(training, split, settings)
-    params = mlflow.get_run(run.info.run_id).data.params
-    assert settings.kernel_size == 5
-    assert (params["n_inputs"], params["kernel_size"], params["pool_size"]) == ("3", "3", "1")
-
-
-@pytest.fixture(scope="module")
-def noisy_split(small_split):
-    """Training rows most of whose labels are wrong: what is learnt late is noise."""
-    random = np.random.default_rng(0)
-    y = small_split.y_train.to_numpy(dtype=object).copy()
-    rows = random.choice(len(y), len(y) * 2 // 3, replace=False)
-    y[rows] = random.permutation(y[rows])
-    labels = pd.Series(y, index=small_split.y_train.index, name="Target")
-    return replace(small_split, y_train=labels)
-
-
-@pytest.fixture(scope="module")
-def jumpy(noisy_split):
-    """A training whose late epochs are worse than an early one."""
-    return cnn.train(noisy_split, JUMPY)
-
-
-def test_same_seed_gives_the_same_network(small_split):
-    first, again = (cnn.train(small_split, QUICK) for _ in range(2))
-    pd.testing.assert_frame_equal(first.history, again.history)
+def test_same_seed_gives_the_same_network(small_split, workspace, tracking_server):
+    first, again = (train_network(small_split, workspace, **QUICK) for _ in range(2))
+    assert first.history.history == again.history.history
     for one, two in zip(first.network.get_weights(), again.network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
-    other = cnn.train(small_split, replace(QUICK, seed=1))
-    assert not other.history.equals(first.history)
 
 
-class _PulledPlugError(Exception):
-    """Stands for a machine that disappears."""
-
-
-def _pull_the_plug(monkeypatch, epoch):
-    """Let a training end, without a goodbye, right after the checkpoint of an epoch."""
-    write = cnn.Checkpoint.on_epoch_end
-
-    def pulled(self, number, logs=None):
-        write(self, number, logs)
-        if number + 1 == epoch:
-            raise _PulledPlugError
-
-    monkeypatch.setattr(cnn.Checkpoint, "on_epoch_end", pulled)
-
-
-@pytest.mark.parametrize("epoch", [5, "last"])
-def test_interrupted_training_goes_on_to_the_same_network(
-    jumpy, noisy_split, tmp_path, monkeypatch, epoch
-):
-    epoch = len(jumpy.history) if epoch == "last" else epoch
-    with monkeypatch.context() as patch:
-        _pull_the_plug(patch, epoch)
-        with pytest.raises(_PulledPlugError):
-            cnn.train(noisy_split, JUMPY, keep=tmp_path)
-    resumed = cnn.train(noisy_split, JUMPY, keep=tmp_path)
-    assert resumed.resumed_from == epoch
-    pd.testing.assert_frame_equal(resumed.history, jumpy.history)
-    pairs = zip(resumed.network.get_weights(), jumpy.network.get_weights(), strict=True)
-    assert all(np.array_equal(one, other) for one, other in pairs)
-    resumed.discard_checkpoint()
-    assert cnn.Checkpoint(tmp_path, noisy_split, JUMPY).read() is None
-
-
-def test_checkpoint_of_another_setting_or_split_is_not_taken(small_split, tmp_path):
-    other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
-    cnn.train(small_split, QUICK, keep=tmp_path)
-    assert cnn.train(small_split, replace(QUICK, epochs=5), keep=tmp_path).resumed_from == 0
-    assert cnn.train(other, QUICK, keep=tmp_path).resumed_from == 0
-    assert cnn.train(small_split, QUICK, keep=tmp_path).resumed_from == QUICK.epochs
-
-
-def test_resumed_training_logs_all_epochs_and_where_it_went_on(
-    small_split, tmp_path, tracking_server, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        _pull_the_plug(patch, 2)
-        with pytest.raises(_PulledPlugError), tracking.start_run("conv_network", "cut_off"):
-            cnn.train(small_split, QUICK, keep=tmp_path)
-    with tracking.start_run("conv_network", "goes_on") as run:
-        training = cnn.train(small_split, QUICK, keep=tmp_path)
-        cnn.log_training(training, small_split, QUICK)
-    client = mlflow.MlflowClient()
-    losses = client.get_metric_history(run.info.run_id, "train_loss")
-    assert [each.step for each in losses] == [1, 2, 3, 4]
-    assert [each.value for each in losses] == training.history["loss"].tolist()
-    logged = client.get_run(run.info.run_id).data
-    assert logged.params["resumed_from_epoch"] == "2"
-    assert logged.params["precision"] == "float32"
-    assert logged.tags["accelerator"]
-
-
-def test_weights_of_the_best_epoch_are_put_back(jumpy):
-    lowest, last = jumpy.history["val_loss"].min(), jumpy.history["val_loss"].iloc[-1]
-    assert jumpy.best_epoch < len(jumpy.history)
-    assert last > lowest + 1e-3
-    assert jumpy.history["val_loss"][jumpy.best_epoch] == lowest
-    loss, accuracy = jumpy.network.evaluate(
-        jumpy.validation_inputs, jumpy.validation_targets, verbose=0
-    )
-    assert loss == pytest.approx(lowest, abs=1e-5)
-    assert accuracy == pytest.approx(jumpy.history["val_accuracy"][jumpy.best_epoch])
-    penalties = float(sum(jumpy.network.losses))
-    answer = jumpy.network(jumpy.validation_inputs).numpy().astype("float64")
-    surprise = -np.log(answer[range(len(answer)), jumpy.validation_targets]).mean()
-    assert penalties > 0
-    assert surprise + penalties == pytest.approx(lowest, abs=1e-4)
-
-
-def test_training_stops_after_patience_epochs_without_a_better_one(jumpy):
-    assert len(jumpy.history) == jumpy.best_epoch + JUMPY.patience
-    assert len(jumpy.history) < JUMPY.epochs
-    assert list(jumpy.history.columns) == ["accuracy", "loss", "val_accuracy", "val_loss"]
-    assert jumpy.history.index.tolist() == list(range(1, len(jumpy.history) + 1))
-
-
-def test_validation_rows_are_training_rows_that_fitted_nothing(noisy_split, jumpy):
-    X, y = noisy_split.X_train, noisy_split.y_train
-    rows, kept = train_test_split(
-        np.arange(len(X)),
-        test_size=JUMPY.validation_size,
-        stratify=y,
-        random_state=JUMPY.seed,
-    )
-    assert not set(rows) & set(kept)
-    preprocessor = make_preprocessor(noisy_split.numeric, noisy_split.categorical)
-    preprocessor.fit(X.iloc[rows])
-    np.testing.assert_allclose(
-        jumpy.validation_inputs, preprocessor.transform(X.iloc[kept]), atol=1e-6
-    )
-    assert [noisy_split.labels[k] for k in jumpy.validation_targets] == y.iloc[kept].tolist()
-    means = jumpy.preprocessor.named_transformers_["numeric"]["standardscaler"].mean_
-    names = list(noisy_split.numeric)
-    np.testing.assert_allclose(means, X.iloc[rows][names].mean())
-    assert not np.allclose(means, X[names].mean())
-
-
-def test_test_rows_have_no_part_in_training(small_split):
+def test_test_rows_have_no_part_in_training(small_split, workspace, tracking_server):
     spoilt = small_split.X_test.assign(length=1e6, width=-1e6, age=10**6, city="nowhere")
-    labels = small_split.y_test.sample(frac=1, random_state=0).set_axis(small_split.y_test.index)
-    changed = replace(small_split, X_test=spoilt, y_test=labels)
-    first, second = cnn.train(small_split, QUICK), cnn.train(changed, QUICK)
-    pd.testing.assert_frame_equal(first.history, second.history)
-    one, two = (svm.fit_best(split, 1.0, 0.1) for split in (small_split, changed))
-    np.testing.assert_array_equal(
-        one.predict_proba(small_split.X_train), two.predict_proba(small_split.X_train)
+    changed = replace(small_split, X_test=spoilt, y_test=small_split.y_test[::-1])
+    first, second = (train_network(split, workspace, **QUICK) for split in (small_split, changed))
+    for one, two in zip(first.network.get_weights(), second.network.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("n_inputs", [1, 2, 3])
+def test_network_takes_tables_with_very_few_inputs(
+    small_split, workspace, tracking_server, n_inputs
+):
+    names = ["length", "width", "age"][:n_inputs]
+    manifest = {**small_split.manifest, "categorical": [], "numeric": names}
+    split = replace(
+        small_split,
+        X_train=small_split.X_train[names],
+        X_test=small_split.X_test[names],
+        manifest=manifest,
     )
+    made = train_network(split, workspace, **QUICK, N_BINS=0)
+    params = mlflow.get_run(made.run.info.run_id).data.params
+    sizes = {"n_inputs": n_inputs, "kernel_size": n_inputs, "pool_size": 1}
+    assert {name: int(params[name]) for name in sizes} == sizes
+
+
+def test_small_table_gets_enough_steps():
+    assert cnn.epochs_for(3096, 30, 64) == 30
+    assert cnn.epochs_for(105, 30, 64) == 300
+    assert cnn.epochs_for(5, 1000, 64) == 1000
 
 
 def test_class_weights_average_one_over_the_rows_and_favour_small_classes():
@@ -245,51 +258,69 @@ def test_class_weights_average_one_over_the_rows_and_favour_small_classes():
     assert mild[2] / mild[0] == pytest.approx(7**0.3)
 
 
-def test_validation_part_too_small_for_the_classes_is_refused_by_name(small_split):
-    few = small_split.y_train.groupby(small_split.y_train).head(6).index
-    tiny = replace(
-        small_split, X_train=small_split.X_train.loc[few], y_train=small_split.y_train[few]
-    )
-    with pytest.raises(ParameterError, match="VALIDATION_SIZE = 0.1 of 18"):
-        cnn.train(tiny, QUICK)
+def test_network_larger_than_memory_is_refused_by_name():
+    cnn.check_memory(200, 3, 32, 9, 64)
+    with pytest.raises(ParameterError, match=r"FILTERS = 10000000.*GiB.*Make FILTERS"):
+        cnn.check_memory(200, 3, 10**7, 9, 64)
 
 
-def test_preprocessing_survives_outliers_unknown_levels_and_missing_values(small_split):
-    preprocessor = make_preprocessor(small_split.numeric, small_split.categorical)
-    preprocessor.fit(small_split.X_train)
-    strange = small_split.X_test.head(3).assign(length=[1e9, -1e9, np.nan], course=-5, city=None)
-    inputs = preprocessor.transform(strange)
-    assert np.isfinite(inputs).all()
-    assert np.abs(inputs).max() <= 3.0
-    median = small_split.X_test.head(1).assign(
-        length=small_split.X_train["length"].median(), course=-5, city=None
-    )
-    filled = strange.iloc[[2]].assign(width=median["width"].iloc[0], age=median["age"].iloc[0])
-    np.testing.assert_allclose(preprocessor.transform(filled), preprocessor.transform(median))
+class _PulledPlugError(Exception):
+    """Stands for a machine that disappears."""
+
+
+def test_interrupted_training_goes_on_but_only_with_the_same_settings(
+    small_split, workspace, tracking_server, monkeypatch
+):
+    class Pulled(cnn.LogToMlflow):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            if epoch == 40:
+                raise _PulledPlugError
+
+    with monkeypatch.context() as patch, pytest.raises(_PulledPlugError):
+        patch.setattr(cnn, "LogToMlflow", Pulled)
+        train_network(small_split, workspace, **QUICK)
+    first = {}
+    for seed in (1, 0):
+        made = train_network(small_split, workspace, **QUICK, SEED=seed)
+        losses = mlflow.MlflowClient().get_metric_history(made.run.info.run_id, "train_loss")
+        first[seed] = losses[0].step
+        assert losses[-1].step == made.epochs
+    assert first[1] == 1
+    assert 20 < first[0] <= 41
+    other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
+    folders = {cnn.backup_folder(workspace.training, each, seed=0) for each in (small_split, other)}
+    assert len(folders) == 2
+
+
+def test_network_that_answers_otherwise_once_converted_is_not_logged(
+    small_split, workspace, tracking_server, monkeypatch
+):
+    convert = cnn.to_litert
+
+    def spoilt(network):
+        other = keras.models.clone_model(network)
+        return convert(other)
+
+    monkeypatch.setattr(cnn, "to_litert", spoilt)
+    with pytest.raises(tracking.ModelError, match="answers otherwise"):
+        train_network(small_split, workspace, **QUICK)
 
 
 # --- the model interface -----------------------------------------------------------------------
 
 
-def log_network(split, settings=QUICK):
+def log_network(split, folder):
     """Do what notebook 02 does."""
-    with tracking.start_run("conv_network", "default_logistic", split.manifest) as run:
-        training = cnn.train(split, settings)
-        cnn.log_training(training, split, settings)
-        parts = {"preprocessor": training.preprocessor, "network": training.network}
-        info = tracking.log_model(split, **parts)
-        metrics, _ = tracking.evaluate_logged_model(info, split)
-    return run, info, metrics
+    made = train_network(split, open_workspace(folder), **QUICK)
+    return made.run, made.model_info, made.metrics
 
 
-def log_svm(split):
-    """Do what notebook 03 does, with a grid of 2 x 2."""
-    grid = svm.make_grid([0, 2], [-4, -2])
+def log_svm(split, folder):
+    """Do what notebook 03 does, without the search."""
     with tracking.start_run("svc_model", "svm", split.manifest) as run:
-        searcher = svm.search(split, grid, folds=3)
-        svm.log_search(searcher, grid)
-        classifier = svm.fit_best(split, **svm.best_pair(searcher), folds=3)
-        info = tracking.log_model(split, classifier=classifier)
+        tracking.log_split(split)
+        info = tracking.log_model(split, *fit_svm(split))
         metrics, _ = tracking.evaluate_logged_model(info, split)
     return run, info, metrics
 
@@ -301,8 +332,8 @@ LOGGERS = {"network": log_network, "svm": log_svm}
 def logged(request, running_server, small_split, tmp_path_factory):
     """A model as its notebook logs it, loaded back from the server as a client does."""
     running_server.connect()
-    run, info, metrics = LOGGERS[request.param](small_split)
     folder = tmp_path_factory.mktemp(request.param)
+    run, info, metrics = LOGGERS[request.param](small_split, folder / "ws")
     return SimpleNamespace(
         kind=request.param,
         run=mlflow.get_run(run.info.run_id),
@@ -521,12 +552,6 @@ def test_logged_parameters_are_those_of_the_logged_model(logged):
         assert int(params["n_parameters"]) == network.count_params()
         assert int(params["filters"]) == network.layers[1].filters
         assert int(params["kernel_size"]) == network.layers[1].kernel_size[0]
-        return
-    (calibrated,) = joblib.load(parts / "classifier.joblib").calibrated_classifiers_
-    machine = calibrated.estimator[-1]
-    assert params["kernel"] == machine.kernel == "rbf"
-    assert float(params["C"]) == machine.C
-    assert float(params["gamma"]) == machine.gamma
 
 
 CLIENT = """
@@ -559,6 +584,41 @@ def test_model_answers_in_a_process_that_knows_nothing_of_the_project(
     same_answer(answer, logged.model.predict(small_split.X_test))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("uv") is None, reason="needs uv")
+def test_network_answers_where_only_its_requirements_are_installed(logged, small_split, tmp_path):
+    if logged.kind != "network":
+        pytest.skip("one model is enough")
+    requirements = logged.folder / "requirements.txt"
+    assert "tensorflow" not in requirements.read_text(encoding="utf-8")
+    python = tmp_path / "env" / "bin" / "python"
+    for command in (
+        ["venv", "--python", sys.executable, str(tmp_path / "env")],
+        ["pip", "install", "--python", str(python), "-r", str(requirements)],
+    ):
+        subprocess.run([sys.executable, "-m", "uv", *command], check=True, capture_output=True)
+    small_split.X_test.to_csv(tmp_path / "rows.csv", index=False)
+    shutil.copytree(logged.folder, tmp_path / "model")
+    code = f"{CLIENT}assert importlib.util.find_spec('tensorflow') is None\n"
+    done = subprocess.run(
+        [python, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": "", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/x.db"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    answer = pd.DataFrame(json.loads(done.stdout.splitlines()[-1]))
+    same_answer(answer, logged.model.predict(small_split.X_test))
+
+
+@pytest.mark.parametrize("module", ["helpers.tracking", "helpers.model_interface"])
+def test_what_clients_import_does_not_import_tensorflow(module):
+    code = f"import sys, {module}; assert not {{'tensorflow', 'keras'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)
+
+
 # --- another kind of table ---------------------------------------------------------------------
 
 
@@ -578,9 +638,9 @@ def mixed_split(small_frame):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_table_with_booleans_missing_values_and_integer_labels_gives_a_model(
-    kind, mixed_split, tracking_server
+    kind, mixed_split, tracking_server, tmp_path
 ):
-    run, info, metrics = LOGGERS[kind](mixed_split)
+    run, info, metrics = LOGGERS[kind](mixed_split, tmp_path)
     model = mlflow.pyfunc.load_model(info.model_uri)
     answer = model.predict(mixed_split.X_test)
     assert list(answer.columns) == ["prediction", "probability_0", "probability_1"]
@@ -611,9 +671,9 @@ def untidy(small_frame, tmp_path_factory):
     frame.to_csv(folder / "untidy.csv", sep=";", index=False)
     table = data.read_table((folder / "untidy.csv").read_bytes(), "untidy", categorical=["code"])
     split = data.split_table(table)
-    classifier = svm.fit_best(split, 1.0, 0.1, folds=3, n_jobs=1)
+    preprocessing, classifier = fit_svm(split)
     (folder / "parts").mkdir()
-    tracking.save_parts(folder / "parts", split, classifier=classifier)
+    tracking.save_parts(folder / "parts", split, preprocessing, classifier)
     mlflow.pyfunc.save_model(
         folder / "model",
         python_model=str(tracking.INTERFACE),
@@ -624,7 +684,8 @@ def untidy(small_frame, tmp_path_factory):
         input_example=split.X_train.head(8),
         pip_requirements=["mlflow"],
     )
-    expected = classifier.predict_proba(table.frame.drop(columns="Target"))
+    rows = table.frame.drop(columns="Target")
+    expected = classifier.predict_proba(preprocessing.transform(rows))
     model = mlflow.pyfunc.load_model(str(folder / "model"))
     return SimpleNamespace(path=folder / "untidy.csv", model=model, expected=expected)
 
@@ -662,61 +723,3 @@ def test_column_may_come_with_the_blanks_that_training_removed_or_without(untidy
     for few in (rows.drop(columns="age\t"), rows.drop(columns="length")):
         with pytest.raises(MlflowException, match="missing inputs"):
             untidy.model.predict(few)
-
-
-# --- the fast preprocessing --------------------------------------------------------------------
-
-
-def odd_rows(split):
-    """Return test rows with gaps, unseen levels and extreme numbers in them."""
-    rows = split.X_test.copy()
-    for number, name in enumerate(rows.columns):
-        if rows[name].dtype.kind in "if":
-            rows[name] = rows[name].astype("float64")
-            rows.iloc[number, number] = np.nan
-            rows.iloc[number + 10, number] = -1e12
-        else:
-            rows.iloc[number, number] = None
-            rows.iloc[number + 10, number] = "Évora"
-    return rows
-
-
-@pytest.mark.parametrize("n_rows", [1, 45, 450])
-def test_fast_preprocessing_gives_what_the_fitted_one_gives(small_split, n_rows):
-    fitted = make_preprocessor(small_split.numeric, small_split.categorical)
-    fitted.fit(small_split.X_train)
-    columns = tracking.column_kinds(small_split.X_train)
-    fast = model_interface.make_fast(fitted, columns)
-    assert isinstance(fast, model_interface.FastPreprocessor)
-    many = pd.concat([odd_rows(small_split)] * 10, ignore_index=True).head(n_rows)
-    rows = model_interface.convert(many, columns)
-    np.testing.assert_array_equal(fast.transform(rows), fitted.transform(rows))
-
-
-def test_other_preprocessing_is_used_as_it_is(small_split):
-    columns = tracking.column_kinds(small_split.X_train)
-    numeric = list(small_split.numeric)
-    for transformers in (
-        [("numeric", StandardScaler(), numeric)],
-        [("numbers", SimpleImputer(), numeric)],
-        [("categorical", OrdinalEncoder(), list(small_split.categorical))],
-    ):
-        fitted = ColumnTransformer(transformers).fit(small_split.X_train)
-        assert model_interface.make_fast(fitted, columns) is fitted
-
-
-@pytest.mark.parametrize("value", [np.inf, -np.inf, 10**400])
-def test_number_that_is_not_finite_is_refused_by_name(small_split, value):
-    columns = tracking.column_kinds(small_split.X_train)
-    rows = small_split.X_test.head(2).astype({"age": object})
-    rows.iloc[0, rows.columns.get_loc("age")] = value
-    with pytest.raises(MlflowException, match="'age'.*finite"):
-        model_interface.convert(rows, columns)
-
-
-def test_column_that_is_there_twice_is_refused_by_name(small_split):
-    columns = tracking.column_kinds(small_split.X_train)
-    rows = small_split.X_test.head(2)
-    rows = pd.concat([rows, rows[["age"]]], axis=1)
-    with pytest.raises(MlflowException, match="'age' is there more than once"):
-        model_interface.convert(rows, columns)

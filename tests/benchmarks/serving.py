@@ -23,6 +23,7 @@ import requests
 
 from helpers import registry, server, serving, tracking
 from helpers.data import load_split
+from helpers.model_interface import TabularPreprocessor
 from helpers.workspace import open_workspace
 from tests.series import ONE_PAIR, run_series
 
@@ -97,8 +98,8 @@ def _in_process(model, rows):
 def _log_plain(folder, split):
     """Log the same fitted parts with MLflow's flavours; return the paths and inputs of each.
 
-    The plain flavour of a network takes what the network takes, so its rows are preprocessed
-    here, before the clock runs.
+    The plain flavours take what the models take, so the rows are preprocessed here, before the
+    clock runs.
     """
     import joblib
     import keras
@@ -111,16 +112,16 @@ def _log_plain(folder, split):
         )
         (parts,) = Path(local).rglob("interface.json")
         path = str(folder / f"{name}-plain")
+        interface = json.loads(parts.read_text(encoding="utf-8"))
+        preprocessing = TabularPreprocessor.from_dict(interface["preprocessing"])
+        rows = pd.DataFrame(preprocessing.transform(split.X_test).astype("float32"))
+        rows.columns = [f"i{number}" for number in rows.columns]
         if (parts.parent / "network.keras").exists():
             network = keras.saving.load_model(parts.parent / "network.keras", compile=False)
-            preprocessor = joblib.load(parts.parent / "preprocessor.joblib")
-            rows = pd.DataFrame(preprocessor.transform(split.X_test).astype("float32"))
-            rows.columns = [f"i{number}" for number in rows.columns]
             signature = mlflow.models.infer_signature(rows.to_numpy())
             mlflow.tensorflow.save_model(network, path, signature=signature)
         else:
             classifier = joblib.load(parts.parent / "classifier.joblib")
-            rows = split.X_test
             mlflow.sklearn.save_model(classifier, path, serialization_format="cloudpickle")
         paths[name], inputs[name] = path, rows
     return paths, inputs

@@ -1,0 +1,51 @@
+"""Running the cells of a notebook that do what its title says, without those around them."""
+
+import json
+from types import SimpleNamespace
+
+from helpers.workspace import PROJECT_ROOT
+
+SERVERS = ("ngrok", "tracking.connect(", "server.start(", "open_notebook(")
+
+
+def _code(name):
+    path = PROJECT_ROOT / "notebooks" / f"{name}.ipynb"
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            yield "".join(cell["source"]), cell["metadata"].get("tags", [])
+
+
+def run_cells(name, first, last, **names):
+    """Run a notebook's parameters and the cells from one to another.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``02_cnn_training``.
+    first, last : str
+        Something that is in the first and in the last of the cells.
+    **names
+        What earlier cells would have made, such as ``split``, and parameters' values.
+
+    Returns
+    -------
+    types.SimpleNamespace
+        Everything that the cells have named.
+    """
+    cells = list(_code(name))
+    texts = [text for text, _ in cells]
+    begin, end = (next(n for n, text in enumerate(texts) if part in text) for part in (first, last))
+    space = {"copy": SimpleNamespace(save=lambda: None)}
+    exec(next(text for text, tags in cells if "parameters" in tags), space)
+    space.update(names)
+    for text in texts[begin : end + 1]:
+        if not any(each in text for each in SERVERS):
+            exec(compile(text, f"<a cell of {name}>", "exec"), space)
+    return SimpleNamespace(**space)
+
+
+def train_network(split, ws, **parameters):
+    """Do what notebook 02 does from the preprocessing to the logged model."""
+    return run_cells(
+        "02_cnn_training", "TabularPreprocessor(", "log_model(", split=split, ws=ws, **parameters
+    )
