@@ -20,7 +20,7 @@ from helpers import access, activity, background, server_app, tracking, tunnel
 from helpers.workspace import open_workspace
 from tests.conftest import URI
 from tests.serving import serve_here
-from tests.walkthrough import exposed
+from tests.walkthrough import environment, exposed
 
 API = "/api/2.0/mlflow"
 USERS = ["reader:reader", "editor:editor", "boss:admin"]
@@ -38,7 +38,8 @@ def public(cloud, tmp_path_factory, _no_team_server):
     client = mlflow.MlflowClient()
     client.create_registered_model("there")
     client.create_model_version("there", f"runs:/{run.info.run_id}/note.txt", run.info.run_id)
-    with exposed(workspace, cloud, folder, users=USERS) as address:
+    users = ",".join(USERS)
+    with environment(UI_USERS=users), exposed(workspace, cloud, folder) as address:
 
         def session(user=None, password=None):
             asking = requests.Session()
