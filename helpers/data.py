@@ -165,6 +165,11 @@ class Split:
         """Class labels, sorted."""
         return list(self.manifest["classes"])
 
+    @property
+    def students(self) -> bool:
+        """Whether this is the students' table."""
+        return set(STUDENT_CATEGORICAL) <= set(self.X_train.columns)
+
     def encode(self, y) -> np.ndarray:
         """Return the positions of labels in `labels`.
 

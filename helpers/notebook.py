@@ -1,8 +1,7 @@
 """What every notebook does after its parameters: check them, open the workspace, save it."""
 
-from IPython import get_ipython
-
 from helpers import safe_copy, server
+from helpers.display import set_up
 from helpers.safe_copy import NoCopy, SafeCopy
 from helpers.workspace import SETTINGS, Workspace, check_parameters, open_workspace
 
@@ -36,7 +35,7 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
     given = {parameter: namespace[parameter] for parameter in SETTINGS if parameter in namespace}
     checked = check_parameters(**given)
     namespace.update(checked)
-    _show_pictures_inline()
+    set_up()
     workspace = open_workspace(checked.get("WORKSPACE"))
     print("Workspace:", workspace.root)
     copy = safe_copy.start(workspace, checked.get("DRIVE_FOLDER"), name)
@@ -44,9 +43,3 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
         # It takes seconds to start: time in which the reader, or the notebook, goes on.
         server.prepare(workspace)
     return workspace, copy
-
-
-def _show_pictures_inline():
-    shell = get_ipython()
-    if shell is not None:
-        shell.run_line_magic("matplotlib", "inline")
