@@ -177,6 +177,10 @@ def test_first_cell_says_what_to_write_where_nothing_is_set(tmp_path):
         archive.writestr("students.csv", "a,b\n")
     done = _first_cell(tmp_path, PROJECT=str(tmp_path / "content" / "data.zip"))
     assert done.stderr == f"{NOT_FOUND}\n"
+    # What was unpacked by mistake is not in the way of the right one.
+    _project(tmp_path / "drive" / "series", tmp_path / "content")
+    done = _first_cell(tmp_path, PROJECT="MyDrive/series")
+    assert f"at {tmp_path / 'content' / 'project' / 'series'}\n" in done.stdout, done.stderr
 
 
 def test_drive_is_mounted_where_a_person_can_allow_it(tmp_path, monkeypatch):
