@@ -22,6 +22,7 @@ from helpers.workspace import (
     as_list,
     atomic_path,
     in_colab,
+    is_batch,
     is_interactive,
 )
 
@@ -75,7 +76,8 @@ def find_secret(name):
     str or None
         Without surrounding white space; None if there is none.
     """
-    value = _colab_secret(name) if in_colab() else None
+    # A batch run has no front end that could answer: Colab would wait ten seconds for it.
+    value = _colab_secret(name) if in_colab() and not is_batch() else None
     return (value or os.environ.get(name) or "").strip() or None
 
 
@@ -92,6 +94,9 @@ def _colab_secret(name):
             "symbol on the left, switch on 'Notebook access', and run this cell again.",
             "warning",
         )
+        return None
+    except userdata.TimeoutException:
+        # A front end without secrets, such as that of VS Code.
         return None
 
 

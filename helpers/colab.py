@@ -19,7 +19,7 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from helpers.workspace import DRIVE, PROJECT_ROOT, ProjectError, in_colab, is_interactive
+from helpers.workspace import DRIVE, PROJECT_ROOT, ProjectError, in_colab, is_batch
 
 # The one setting: where the project is on GitHub, as "owner/name", and the branch to open.
 # After a change: python -m helpers.colab
@@ -64,7 +64,7 @@ def mount_drive() -> bool:
     """Mount Google Drive where a person can allow it; tell whether it is there."""
     if (DRIVE / "MyDrive").is_dir():
         return True
-    if not is_interactive():
+    if is_batch():
         # Colab would wait two minutes for a front end that a batch run does not have.
         return False
     from google.colab import drive

@@ -306,8 +306,10 @@ class PublicUi(Address):
         if self._token is not None:
             notice(f"The MLflow UI is not public. {reason}", "warning")
         help_ = "" if self._token is not None else WHERE_TO_GET_A_TOKEN
-        if _has_proxy():
-            self.url, self.note = _colab_proxy(self._workspace, self._local, help_)
+        proxy = _colab_proxy(self._workspace, self._local) if _has_proxy() else None
+        if proxy:
+            self.url, self.note = proxy, "Only you can open it, while this notebook is open."
+            self.note += f" To share it: {help_}" if help_ else ""
         elif help_ and is_interactive():
             self.note = f"To see it from anywhere: {help_}"
 
@@ -567,12 +569,15 @@ def _has_proxy():
     return in_colab() and is_interactive()
 
 
-def _colab_proxy(workspace, url, note):
-    """Return the address of Colab's port proxy, which lets only the notebook's owner through."""
+def _colab_proxy(workspace, url):
+    """Return the address of Colab's port proxy, which lets only the notebook's owner through.
+
+    None where the front end has none, such as that of VS Code.
+    """
     from google.colab import output
 
     port = int(url.rsplit(":", 1)[1])
     address = output.eval_js(f"google.colab.kernel.proxyPort({port})")
-    access.change_rules(workspace, private=[urlsplit(address).netloc])
-    only_you = "Only you can open it, while this notebook is open."
-    return address, f"{only_you} To share it: {note}" if note else only_you
+    if address:
+        access.change_rules(workspace, private=[urlsplit(address).netloc])
+    return address

@@ -452,3 +452,10 @@ def is_interactive():
     if kernel is None:
         return True
     return bool(kernel.get_parent("shell").get("content", {}).get("allow_stdin", False))
+
+
+def is_batch():
+    """Tell whether this is the kernel of a batch run, behind which there is no front end."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None and not is_interactive()

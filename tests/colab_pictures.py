@@ -17,7 +17,7 @@ from helpers.workspace import PROJECT_ROOT
 from tests.walkthrough import find_browser
 
 IMAGES = PROJECT_ROOT / "notebooks" / "images"
-SHOWN = ("safe_copy.start", "cnn.train(")  # the cells of 02 whose outputs are shown
+SHOWN = ("open_notebook(", ".fit(")  # the cells of 02 whose outputs are shown
 STYLE = """
 body { font: 15px sans-serif; margin: 0; padding: 16px; background: white; color: #222 }
 .cell { background: #f7f7f7; border-radius: 6px; padding: 10px 14px; margin-bottom: 6px }
@@ -27,7 +27,6 @@ pre { font: 13px monospace; white-space: pre-wrap; margin: 0 }
 .field b { font: 14px monospace; width: 110px }
 .box { flex: 1; border: 1px solid #bbb; border-radius: 4px; padding: 5px 8px; background: white;
        color: #999; min-height: 18px }
-code { background: #ececec; padding: 0 3px }
 """
 
 
@@ -59,16 +58,13 @@ def machines():
 
 
 def form(source):
-    """Draw the fields of a cell: its title, its remarks and its parameters."""
+    """Draw the fields of a cell: its title and its parameters."""
     lines = []
     for line in source.splitlines():
         title = re.match(r"# @title (.*?) \{", line)
-        remark = re.match(r"# @markdown (.*)", line)
         field = re.match(r"(\w+) = (.*?)  # @param", line)
         if title:
             lines.append(f"<h3>▶ {html.escape(title[1])}</h3>")
-        elif remark:
-            lines.append(re.sub(r"`(.*?)`", r"<code>\1</code>", html.escape(remark[1])))
         elif field:
             shown = "☑" if field[2] == "True" else '<span class="box">&quot; &quot;</span>'
             lines.append(f'<div class="field"><b>{field[1]}</b>{shown}</div>')

@@ -70,6 +70,24 @@ def test_secret_that_colab_does_not_know_is_looked_for_in_the_environment(colab,
     assert access.find_secret("NGROK_AUTHTOKEN") == TOKEN
 
 
+def test_batch_run_in_colab_asks_the_environment_alone(colab, monkeypatch):
+    colab(NGROK_AUTHTOKEN="of the front end")
+    monkeypatch.setattr(access, "is_batch", lambda: True)
+    assert access.find_secret("NGROK_AUTHTOKEN") is None
+
+
+def test_front_end_that_does_not_answer_has_no_secrets(colab, monkeypatch):
+    colab()
+    userdata = sys.modules["google.colab.userdata"]
+    userdata.TimeoutException = TimeoutError
+
+    def get(name):
+        raise TimeoutError(name)
+
+    monkeypatch.setattr(userdata, "get", get)
+    assert access.find_secret("NGROK_AUTHTOKEN") is None
+
+
 def test_colab_secret_that_the_notebook_may_not_read_is_said(colab, capsys):
     colab(NGROK_AUTHTOKEN=None)
     assert access.find_secret("NGROK_AUTHTOKEN") is None

@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -175,23 +177,25 @@ def test_first_cell_says_what_to_write_where_nothing_is_set(tmp_path):
         archive.writestr("students.csv", "a,b\n")
     done = _first_cell(tmp_path, PROJECT=str(tmp_path / "content" / "data.zip"))
     assert done.stderr == f"{NOT_FOUND}\n"
+    # What was unpacked by mistake is not in the way of the right one.
+    _project(tmp_path / "drive" / "series", tmp_path / "content")
+    done = _first_cell(tmp_path, PROJECT="MyDrive/series")
+    assert f"at {tmp_path / 'content' / 'project' / 'series'}\n" in done.stdout, done.stderr
 
 
-def test_first_cell_mounts_drive_where_a_person_is_and_else_does_without(tmp_path, monkeypatch):
-    drive = tmp_path / "drive"
-    monkeypatch.setenv("COLAB_DOUBLE_DRIVE", str(tmp_path))
-    monkeypatch.syspath_prepend(str(CONSTRAINTS.parent / "packages"))
-    monkeypatch.setattr(colab, "DRIVE", drive)
-    monkeypatch.setattr(colab, "is_interactive", lambda: False)
+def test_drive_is_mounted_where_a_person_can_allow_it(tmp_path, monkeypatch):
+    drive = SimpleNamespace(mount=lambda place: Path(place, "MyDrive").mkdir(parents=True))
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
+    monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
+    monkeypatch.setattr(colab, "is_batch", lambda: True)
     assert not colab.mount_drive()
     with pytest.raises(SafeCopyError, match="DRIVE_FOLDER to off"):
-        monkeypatch.setattr(safe_copy, "in_colab", lambda: True)
         safe_copy.start(open_workspace(tmp_path / "ws"), "MyDrive/copy", "test")
-    monkeypatch.setattr(colab, "is_interactive", lambda: True)
+    monkeypatch.setattr(colab, "is_batch", lambda: False)
     assert colab.mount_drive()
-    assert (drive / "MyDrive").is_dir()
-    # Once is enough, for batch runs too: asking again would ask for permission again.
-    monkeypatch.setattr(colab, "is_interactive", lambda: False)
+    assert (tmp_path / "drive" / "MyDrive").is_dir()
+    # Once is enough, for the batch runs that follow, too.
+    monkeypatch.setattr(colab, "is_batch", lambda: True)
     assert colab.mount_drive()
 
 

@@ -130,7 +130,7 @@ class ColabMachine:
             code = "\n".join(
                 f"{name} = {changes[name]!r}" if name in changes else line
                 for line in lines
-                for name in [line.split(" = ")[0]]
+                for name in [re.split(r"[: ]", line)[0]]
             )
             text, error = self.run(code)
             shown.append(text)

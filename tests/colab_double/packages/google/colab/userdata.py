@@ -13,6 +13,10 @@ class NotebookAccessError(Exception):
     """The notebook may not read it."""
 
 
+class TimeoutException(Exception):  # noqa: N818 - Colab's name
+    """The front end did not answer."""
+
+
 def get(key):
     """Return a secret."""
     secrets = json.loads(Path(os.environ["COLAB_DOUBLE_SECRETS"]).read_text(encoding="utf-8"))
