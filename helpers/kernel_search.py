@@ -76,7 +76,7 @@ def _solve(place, Cs, distances, y, svc, how):
     np.exp(kernel, out=kernel)
     rows, cells, solution = np.arange(len(kernel)), {}, None
     train, test = np.split(rows, kernel.shape[1:])
-    with sklearn.config_context(assume_finite=True):
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         for C in Cs:
             machine = clone(svc).set_params(C=C)
             machine.gram = kernel
@@ -182,6 +182,7 @@ class KernelGridSearch(GridSearchCV):
         if y is None or not self._shares_kernels(params):
             return super().fit(X, y, **params)
         self._validate_params()
+        self._svc()[0]._validate_params()
         scorers, metric = self._get_scorers()
         X, y = indexable(X, y)
         self._checked_cv_orig = check_cv(self.cv, y, classifier=True)
@@ -295,7 +296,7 @@ class KernelGridSearch(GridSearchCV):
         rows = X_train, X_test
         X_train, X_test = (check_array(X, accept_sparse="csr", dtype=np.float64) for X in rows)
         # libsvm solves class by class: it reads a kernel in that order faster.
-        order = np.argsort(np.asarray(y)[train], kind="stable")
+        order = np.argsort(np.ravel(y)[train], kind="stable")
         return X_train[order], X_test, _safe_indexing(y, np.concatenate([train[order], test]))
 
     def _evaluate(self, candidates, X, y, splits, scorers):
