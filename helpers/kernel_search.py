@@ -76,7 +76,7 @@ def _solve(place, Cs, distances, y, svc, how):
     np.exp(kernel, out=kernel)
     rows, cells, solution = np.arange(len(kernel)), {}, None
     train, test = np.split(rows, kernel.shape[1:])
-    with sklearn.config_context(assume_finite=True):
+    with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
         for C in Cs:
             machine = clone(svc).set_params(C=C)
             machine.gram = kernel
@@ -182,10 +182,12 @@ class KernelGridSearch(GridSearchCV):
         if y is None or not self._shares_kernels(params):
             return super().fit(X, y, **params)
         self._validate_params()
+        self._svc()[0]._validate_params()
         scorers, metric = self._get_scorers()
         X, y = indexable(X, y)
         self._checked_cv_orig = check_cv(self.cv, y, classifier=True)
-        splits = list(self._checked_cv_orig.split(X, y, params.get("groups")))
+        splits = self._checked_cv_orig.split(X, y, params.get("groups"))
+        splits = [(np.asarray(train), np.asarray(test)) for train, test in splits]
         if not self._fits_into_memory(splits):
             return super().fit(X, y, **params)
         self.n_splits_ = len(splits)
@@ -285,14 +287,17 @@ class KernelGridSearch(GridSearchCV):
         return needed <= free / 2
 
     def _preprocess(self, X, y, train, test):
-        """Return the training and test rows of a fold as the `SVC` gets them."""
+        """Return a fold's training and test rows as the `SVC` gets them, and their labels."""
         X_train, X_test = _safe_indexing(X, train), _safe_indexing(X, test)
         if isinstance(self.estimator, Pipeline) and len(self.estimator) > 1:
             preprocessing = clone(self.estimator[:-1])
             X_train = preprocessing.fit_transform(X_train, _safe_indexing(y, train))
             X_test = preprocessing.transform(X_test)
         rows = X_train, X_test
-        return [check_array(each, accept_sparse="csr", dtype=np.float64) for each in rows]
+        X_train, X_test = (check_array(X, accept_sparse="csr", dtype=np.float64) for X in rows)
+        # libsvm solves class by class: it reads a kernel in that order faster.
+        order = np.argsort(np.ravel(y)[train], kind="stable")
+        return X_train[order], X_test, _safe_indexing(y, np.concatenate([train[order], test]))
 
     def _evaluate(self, candidates, X, y, splits, scorers):
         """Return what `_fit_and_score` gives for each candidate and fold."""
@@ -322,18 +327,12 @@ class KernelGridSearch(GridSearchCV):
                 done[place] = kept(key, place, parts[place[1]], None)
         todo = [place for place in places if place not in done]
         # Errors come up here, not in joblib's threads.
-        folds = {
-            fold: (
-                self._preprocess(X, y, *splits[fold]),
-                _safe_indexing(y, np.concatenate(splits[fold])),
-            )
-            for fold in {fold for fold, _ in todo}
-        }
+        folds = {fold: self._preprocess(X, y, *splits[fold]) for fold in {fold for fold, _ in todo}}
 
         def tasks():
             # joblib asks for the next part when it can use it: few folds' distances are there.
-            for fold, (tables, labels) in folds.items():
-                distances = _distances(*tables)
+            for fold, (X_train, X_test, labels) in folds.items():
+                distances = _distances(X_train, X_test)
                 for gamma in [gamma for each, gamma in todo if each == fold]:
                     yield delayed(_solve)((fold, gamma), parts[gamma], distances, labels, svc, how)
 
