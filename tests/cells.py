@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from helpers.workspace import PROJECT_ROOT
 
@@ -44,8 +45,26 @@ def run_cells(name, first, last, **names):
     return SimpleNamespace(**space)
 
 
-def train_network(split, ws, **parameters):
-    """Do what notebook 02 does from the preprocessing to the logged model."""
-    return run_cells(
-        "02_cnn_training", "TabularPreprocessor(", "log_model(", split=split, ws=ws, **parameters
-    )
+def train_network(split, ws, steps=None, **parameters):
+    """Do what notebook 02 does from the preprocessing to the logged model.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    ws : helpers.workspace.Workspace
+    steps : int, optional
+        Fewest steps of the training, for tests that need no good network.
+    **parameters
+        Of the notebook.
+    """
+    from helpers import cnn
+
+    with patch.object(cnn, "FEWEST_STEPS", steps or cnn.FEWEST_STEPS):
+        return run_cells(
+            "02_cnn_training",
+            "TabularPreprocessor(",
+            "log_model(",
+            split=split,
+            ws=ws,
+            **parameters,
+        )

@@ -45,7 +45,8 @@ def log_svm(split, C=1.0):
 
 def log_network(split, folder):
     """Log a network as notebook 02 does; `folder` is a workspace's."""
-    made = train_network(split, open_workspace(folder), EPOCHS=4, BATCH_SIZE=32, FILTERS=8)
+    ws = open_workspace(folder)
+    made = train_network(split, ws, steps=200, EPOCHS=4, BATCH_SIZE=32, FILTERS=8)
     return mlflow.get_run(made.run.info.run_id)
 
 

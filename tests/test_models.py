@@ -40,7 +40,8 @@ from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.cells import train_network
 from tests.serving import fit_svm
 
-QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8}
+QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8, "steps": 200}
+LONGER = {**QUICK, "steps": 600}
 
 
 # --- preprocessing ----------------------------------------------------------------------------
@@ -279,10 +280,10 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
 
     with monkeypatch.context() as patch, pytest.raises(_PulledPlugError):
         patch.setattr(cnn, "LogToMlflow", Pulled)
-        train_network(small_split, workspace, **QUICK)
+        train_network(small_split, workspace, **LONGER)
     first = {}
     for seed in (1, 0):
-        made = train_network(small_split, workspace, **QUICK, SEED=seed)
+        made = train_network(small_split, workspace, **LONGER, SEED=seed)
         losses = mlflow.MlflowClient().get_metric_history(made.run.info.run_id, "train_loss")
         first[seed] = losses[0].step
         assert losses[-1].step == made.epochs
