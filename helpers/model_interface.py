@@ -432,9 +432,13 @@ class LiteNetwork:
     """
 
     def __init__(self, content):
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-        self._interpreter = Interpreter(model_content=content, num_threads=1)
+        # Without the delegate for large networks, and its remark on the error stream.
+        kernels = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        self._interpreter = Interpreter(
+            model_content=content, num_threads=1, experimental_op_resolver_type=kernels
+        )
         self._place = self._interpreter.get_input_details()[0]["index"]
         self._answer = self._interpreter.get_output_details()[0]["index"]
         self._n_rows, self._lock = None, threading.Lock()

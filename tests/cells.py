@@ -39,9 +39,11 @@ def run_cells(name, first, last, **names):
     space = {"copy": SimpleNamespace(save=lambda: None)}
     exec(next(text for text, tags in cells if "parameters" in tags), space)
     space.update(names)
-    for text in texts[begin : end + 1]:
-        if not any(each in text for each in SERVERS):
-            exec(compile(text, f"<a cell of {name}>", "exec"), space)
+    for number, text in enumerate(texts[: end + 1]):
+        if number < begin or any(each in text for each in SERVERS):
+            # Later cells use what these import.
+            text = "\n".join(line for line in text.splitlines() if line.startswith("from helpers"))
+        exec(compile(text, f"<a cell of {name}>", "exec"), space)
     return SimpleNamespace(**space)
 
 

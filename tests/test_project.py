@@ -131,11 +131,15 @@ def test_requirements_name_every_library_that_the_helpers_import():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    packages = {"sklearn": "scikit-learn", "art": "adversarial-robustness-toolbox"}
+    packages = {
+        "sklearn": "scikit-learn",
+        "art": "adversarial-robustness-toolbox",
+        "ai_edge_litert": "ai-edge-litert",
+    }
     # Keras and joblib come with TensorFlow and scikit-learn, IPython and the clients of
     # notebooks with ipykernel and papermill, the database's tools with MLflow.
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient", "google"}
-    brought |= {"alembic", "sqlalchemy", "packaging"}
+    brought |= {"alembic", "sqlalchemy", "packaging", "cloudpickle"}
     optional = {"distributed"}
     foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought - optional
     assert {packages.get(name, name) for name in foreign} <= named

@@ -12,7 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import SVC
 
 from helpers import data
-from helpers.preprocessing import make_preprocessor
+from helpers.model_interface import TabularPreprocessor
 from helpers.sample_data import make_sample
 from tests.conftest import split_table
 
@@ -59,7 +59,7 @@ def test_models_trained_on_the_sample_behave_like_those_on_the_real_table(sample
         scores = []
         for seed in range(2):
             split = split_table(table, 0.3, seed)
-            preprocessor = make_preprocessor(split.numeric, split.categorical)
+            preprocessor = TabularPreprocessor(split.categorical)
             fitted = make_pipeline(preprocessor, model).fit(split.X_train, split.y_train)
             scores.append(accuracy_score(split.y_test, fitted.predict(split.X_test)))
         accuracies[name] = np.mean(scores)
