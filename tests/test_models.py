@@ -38,6 +38,7 @@ from helpers.evaluation import compute_metrics
 from helpers.model_interface import TabularPreprocessor
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.cells import train_network
+from tests.conftest import split_table
 from tests.serving import fit_svm
 
 QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8, "steps": 200}
@@ -198,7 +199,7 @@ def test_network_is_the_documented_one(small_split, workspace, tracking_server):
         keras.layers.Flatten,
         keras.layers.Dense,
     ]
-    assert made.network.layers[0].output.shape == (None, made.X.shape[1], 1)
+    assert made.network.layers[0].output.shape == (None, made.X_train.shape[1], 1)
     assert made.network.layers[1].activation is keras.activations.relu
     assert made.network.layers[4].activation is keras.activations.softmax
     table = cnn.history_table(made.history)
@@ -633,7 +634,7 @@ def mixed_split(small_frame):
     frame["city"] = frame["city"].where(frame.index % 6 != 0)
     frame["width"] = frame["width"].where(frame.index % 5 != 0)
     table = data.read_table(frame.to_csv(index=False).encode(), "mixed", categorical=["course"])
-    return data.split_table(table)
+    return split_table(table)
 
 
 @pytest.mark.slow
@@ -671,7 +672,7 @@ def untidy(small_frame, tmp_path_factory):
     folder = tmp_path_factory.mktemp("untidy")
     frame.to_csv(folder / "untidy.csv", sep=";", index=False)
     table = data.read_table((folder / "untidy.csv").read_bytes(), "untidy", categorical=["code"])
-    split = data.split_table(table)
+    split = split_table(table)
     preprocessing, classifier = fit_svm(split)
     (folder / "parts").mkdir()
     tracking.save_parts(folder / "parts", split, preprocessing, classifier)

@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.pipeline import make_pipeline
 
-from helpers import access, drift, monitoring, plots, registry, scored_rows, svm, tracking
+from helpers import access, drift, monitoring, plots, registry, scored_rows, tracking
 from helpers.model_interface import convert
 from helpers.monitoring import check_labelled, check_unlabelled
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import clean_environment
-from tests.serving import log_svm, put_in_production
+from tests.serving import fit_svm, log_svm, put_in_production
 
 SVM = "model_svm_rbf"
 SEEDS = range(10)
@@ -36,7 +37,7 @@ def answer_of(classifier, rows, labels):
 @pytest.fixture(scope="module")
 def promoted(big_split):
     """A model, its reference, and a stream of rows that nobody trained on."""
-    classifier = svm.fit_best(big_split, 1.0, 0.1, folds=3)
+    classifier = make_pipeline(*fit_svm(big_split, 1.0, 0.1))
     answer = answer_of(classifier, big_split.X_test, big_split.labels)
     reference = json.loads(json.dumps(drift.make_reference(big_split, answer)))
     return SimpleNamespace(classifier=classifier, split=big_split, reference=reference)

@@ -13,36 +13,39 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from sklearn.dummy import DummyClassifier
-from sklearn.pipeline import make_pipeline
 from sklearn.tree import DecisionTreeClassifier
 
-from helpers import access, behaviour, data, registry, robustness, svm, tracking
+from helpers import access, behaviour, data, registry, robustness, tracking
 from helpers.evaluation import compute_metrics, majority_baseline
-from helpers.preprocessing import make_preprocessor
+from helpers.model_interface import TabularPreprocessor
 from helpers.registry import Candidate, Rules
 from helpers.workspace import MissingStepError
 from tests.conftest import split_table
-
+from tests.serving import fit_svm
 
 
 def with_manifest(split, **changes):
     return replace(split, manifest={**split.manifest, **changes})
 
 
-def log_model(split, classifier):
-    """Log a classifier that takes the raw columns in the active run."""
-    return tracking.log_model(split, classifier=classifier)
+def fit(split, classifier=None):
+    """Fit preprocessing and classifier, an SVM unless another is given."""
+    if classifier is None:
+        return fit_svm(split, 1.0, 0.1)
+    preprocessing = TabularPreprocessor(split.categorical)
+    return preprocessing, classifier.fit(preprocessing.fit_transform(split.X_train), split.y_train)
 
 
-def log_run(split, classifier, with_rows=False, **falsified):
-    """Log a classifier as notebook 03 does; `falsified` metrics are logged over the real ones.
+def log_run(split, parts, with_rows=False, **falsified):
+    """Log preprocessing and classifier as notebook 03 does.
 
+    `falsified` metrics are logged over the real ones.
     Runs from before training rows were logged are as those without `with_rows`.
     """
     with tracking.start_run("svc_model", "svm", split.manifest) as run:
         if with_rows:
             tracking.log_split(split)
-        info = log_model(split, classifier)
+        info = tracking.log_model(split, *parts)
         tracking.evaluate_logged_model(info, split)
         mlflow.log_metrics(falsified)
     return mlflow.get_run(run.info.run_id)
@@ -61,7 +64,7 @@ def shop(running_server, small_split):
     """Runs of good, weak, useless and narrow models on a split of this module's own."""
     running_server.connect()
     split = with_manifest(small_split, split_digest=uuid.uuid4().hex)
-    good = svm.fit_best(split, 1.0, 0.1, folds=3)
+    good = fit(split)
     shuffled = replace(split, y_train=partly_shuffled(split.y_train, 0.75))
     drop = {
         "X_train": split.X_train.drop(columns="age"),
@@ -74,10 +77,10 @@ def shop(running_server, small_split):
         split=split,
         classifier=good,
         good=[log_run(split, good) for _ in range(3)],
-        weak=log_run(split, svm.fit_best(shuffled, 1.0, 0.1, folds=3)),
-        useless=log_run(split, DummyClassifier().fit(split.X_train, split.y_train)),
+        weak=log_run(split, fit(shuffled)),
+        useless=log_run(split, fit(split, DummyClassifier())),
         narrow_split=narrow,
-        narrow=log_run(narrow, svm.fit_best(narrow, 1.0, 0.1, folds=3)),
+        narrow=log_run(narrow, fit(narrow)),
         synthetic_split=synthetic,
         synthetic=log_run(synthetic, good),
         baseline=majority_baseline(split.y_train, split.y_test, split.labels),
@@ -762,10 +765,7 @@ def test_production_trained_on_some_of_the_test_rows_is_judged_by_its_own_metric
 
 def learner(split):
     """Fit what knows its training rows by heart."""
-    tree = make_pipeline(
-        make_preprocessor(split.numeric, split.categorical), DecisionTreeClassifier(random_state=0)
-    )
-    return tree.fit(split.X_train, split.y_train)
+    return fit(split, DecisionTreeClassifier(random_state=0))
 
 
 def split_of(frame, seed=0, categorical=("course",)):
@@ -790,7 +790,7 @@ def test_production_is_measured_on_rows_of_a_grown_table_that_it_has_not_seen(le
     # A missing value turns whole numbers into floats; the rows are the same.
     grown.loc[299, "age"] = None
     split = split_of(grown)
-    candidate = Candidate(learned.name, log_run(split, svm.fit_best(split, 1.0, 0.1)), split)
+    candidate = Candidate(learned.name, log_run(split, fit(split)), split)
     known = set(learned.split.X_train.index)
     new = ~split.X_test.index.isin(known)
     assert 30 < new.sum() < len(new)
@@ -867,7 +867,7 @@ def test_true_or_false_column_that_is_a_category_can_be_promoted(name, small_fra
     frame = small_frame(seed=3).assign(debtor=lambda table: table["width"] > 7)
     split = split_of(frame, categorical=["course", "debtor"])
     assert split.X_train["debtor"].dtype == bool
-    candidate = Candidate(name, log_run(split, svm.fit_best(split, 1.0, 0.1, folds=3)), split)
+    candidate = Candidate(name, log_run(split, fit(split)), split)
     baseline = majority_baseline(split.y_train, split.y_test, split.labels)
     assert failed(registry.check_candidate(candidate, baseline)) == []
 
