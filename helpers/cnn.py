@@ -28,6 +28,8 @@ with silenced_libraries():
     # A program that has used TensorFlow before keeps the devices that it chose.
     with suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
+    # Its remarks while a network is converted are notes to its authors.
+    tf.get_logger().setLevel("ERROR")
     # Wakes the devices up, so that TensorFlow says here, not in a notebook, what is missing.
     keras.distribution.list_devices()
 
@@ -83,7 +85,9 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Show the losses; after an interrupted training the first epoch is a later one."""
-        self._bar.set_postfix_str(", ".join(f"{name} {value:.4f}" for name, value in logs.items()))
+        self._bar.set_postfix_str(
+            ", ".join(f"{name} {logs[name]:.3f}" for name in ("loss", "val_loss") if name in logs)
+        )
         self._bar.update(epoch + 1 - self._bar.n)
 
     def on_train_end(self, logs=None):

@@ -124,9 +124,9 @@ def test_notebook_alone_without_a_token(done, tmp_path):
     ran = run_notebook("05_serving_and_monitoring", out, "-p", "WORKSPACE", str(root))
     assert ran.returncode == 0, ran.stderr
     book = json.loads(out.read_text(encoding="utf-8"))
-    (cell,) = (cell for cell in book["cells"] if "show_ui" in "".join(cell["source"]))
+    (cell,) = (cell for cell in book["cells"] if "ngrok.connect" in "".join(cell["source"]))
     (shown,) = cell["outputs"]
-    (line,) = "".join(shown["data"]["text/plain"]).splitlines()
+    (line,) = "".join(shown["text"]).splitlines()
     assert line.startswith("The MLflow UI is at http://localhost:")
 
     ran = run_notebook(

@@ -154,13 +154,12 @@ def test_no_server_is_left_after_a_batch_run(sample_run):
 
 def test_network_logs_its_losses_epoch_by_epoch(client):
     (run,) = find_runs(client, "model_conv_network")
-    trained = int(run.data.params["epochs_trained"])
+    trained = int(run.data.params["epochs"])
     for metric in ("train_loss", "val_loss", "train_accuracy", "val_accuracy"):
         steps = [point.step for point in client.get_metric_history(run.info.run_id, metric)]
         assert sorted(steps) == list(range(1, trained + 1))
-    losses = client.get_metric_history(run.info.run_id, "val_loss")
-    best = min(losses, key=lambda point: point.value)
-    assert best.step == int(run.data.params["best_epoch"])
+    files = [file.path for file in client.list_artifacts(run.info.run_id)]
+    assert "learning_curves.png" in files
 
 
 def test_svm_is_logged_with_the_parameters_of_the_model_itself(client):
@@ -169,7 +168,7 @@ def test_svm_is_logged_with_the_parameters_of_the_model_itself(client):
     (run,) = find_runs(client, "model_svm_rbf")
     folder = mlflow.artifacts.download_artifacts("models:/model_svm_rbf@production")
     (path,) = Path(folder).rglob("classifier.joblib")
-    svc = joblib.load(path).calibrated_classifiers_[0].estimator[-1]
+    svc = joblib.load(path).named_estimators_["svc"]
     assert run.data.params["kernel"] == svc.kernel == "rbf"
     assert float(run.data.params["C"]) == svc.C
     assert float(run.data.params["gamma"]) == svc.gamma
@@ -253,9 +252,7 @@ def test_search_is_one_run_with_its_best_pairs_below_it(client):
         assert each.data.tags["mlflow.parentRunId"] == search.info.run_id
         assert each.data.tags["data_digest"] == search.data.tags["data_digest"]
         assert each.info.status == "FINISHED"
-    metrics = search.data.metrics
-    assert metrics["search_fits"] + metrics["search_fits_saved"] == 9 * 5 * 3
-    assert metrics["search_seconds"] > 0
+    assert search.data.metrics["search_seconds"] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -481,7 +478,7 @@ def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
     result = run_series(
         *(tmp_path / "ws", "--data", str(path), "-p", "TARGET", "label"),
         *("-p", "CATEGORICAL", '["zone"]', "-p", "DROP", "id", "-p", "EPOCHS", "10", *ONE_PAIR),
-        *("-p", "FINE_SEARCH", "True", "-p", "ATTACKED_ROWS", "5"),
+        *("-p", "ATTACKED_ROWS", "5"),
     )
     assert result.returncode == 0, result.stdout + result.stderr
     manifest = json.loads((tmp_path / "ws" / "data" / "manifest.json").read_text())
@@ -490,17 +487,9 @@ def test_series_runs_on_any_table_with_other_target_and_categories(tmp_path):
     assert load_split(open_workspace(tmp_path / "ws")).X_test.head(3)["size"].isna().any()
     with connected(tmp_path / "ws") as client:
         experiment = client.get_experiment_by_name("svc_model").experiment_id
-        runs = {
-            run.info.run_name: run
-            for run in client.search_runs([experiment])
-            if run.info.run_name.startswith("svm")
-        }
-        scores = {name: run.data.metrics["cv_accuracy"] for name, run in runs.items()}
-        assert set(scores) == {"svm", "svm_fine"}
-        assert scores["svm_fine"] >= scores["svm"]
-        chosen = "svm_fine" if scores["svm_fine"] > scores["svm"] else "svm"
+        newest, *_ = client.search_runs([experiment], "attributes.run_name = 'svm'")
         version = client.get_model_version_by_alias("model_svm_rbf", "production")
-        assert version.run_id == runs[chosen].info.run_id
+        assert version.run_id == newest.info.run_id
         for name in NAMES:
             answer = registry.load_production(name).predict(frame.drop(columns=["id", "label"]))
             assert set(answer["prediction"]) <= {0, 1}

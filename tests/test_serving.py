@@ -34,7 +34,7 @@ def production(tmp_path_factory, big_split, _no_team_server):
     """Both models in Production, and a scoring server of them."""
     workspace = open_workspace(tmp_path_factory.mktemp("production") / "ws")
     tracking.connect(workspace, keep=False)
-    put_in_production(NETWORK, log_network(big_split), big_split)
+    put_in_production(NETWORK, log_network(big_split, workspace.root), big_split)
     first = log_svm(big_split)
     put_in_production(SVM, first, big_split)
     server = serving.start(workspace, port=5401, keep=False)

@@ -49,7 +49,7 @@ def environment(**changes):
 
 
 @contextmanager
-def exposed(workspace, cloud, folder, **options):
+def exposed(workspace, cloud, folder):
     """Show a workspace's UI through the stand-in for ngrok; gives its `tunnel.Address`."""
     settings = {
         **cloud.environment(),
@@ -58,7 +58,7 @@ def exposed(workspace, cloud, folder, **options):
     }
     with environment(**settings):
         try:
-            yield tunnel.show_ui(workspace, True, **options)
+            yield tunnel.show_ui(workspace, True)
         finally:
             tunnel.close_tunnel(workspace)
             server.stop_server(workspace)
