@@ -358,7 +358,8 @@ def _check_loads(candidate, baseline, rules):
     try:
         answer = candidate.answer
     except LOAD_ERRORS as error:
-        raise CheckFailedError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        first_line = str(error).partition("\n")[0]
+        raise CheckFailedError(f"{type(error).__name__}: {first_line}") from error
     return f"answers {len(answer):,} test rows"
 
 

@@ -261,7 +261,9 @@ def load_served(name, version):
         # Not for its answer: whatever is done once, at the first call, is done here.
         classify(convert(example.head(1), own.columns))
     except registry.LOAD_ERRORS as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        # A file that was cut short may say nothing more.
+        first_line = str(error).strip().partition("\n")[0][:300]
+        reason = f"{type(error).__name__}: {first_line}"
         raise BadVersionError(reason) from error
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     number = str(version.version)
