@@ -101,9 +101,9 @@ SETTINGS = {
     "L2": Setting(float, "weight penalty of the network", minimum=0, maximum=1),
     "LEARNING_RATE": Setting(float, "step size of Adam", minimum=1e-6, maximum=1),
     "BATCH_SIZE": Setting(int, "rows per training step", minimum=1),
-    "EPOCHS": Setting(int, "most passes over the training rows", minimum=1),
+    "EPOCHS": Setting(int, "passes over the training rows; small tables get more", minimum=1),
     "VALIDATION_SIZE": Setting(
-        float, "share of the training rows used for early stopping", minimum=0.05, maximum=0.5
+        float, "share of the training rows held out in the rehearsal", minimum=0.05, maximum=0.5
     ),
     "CLASS_WEIGHT_POWER": Setting(
         float, "0: no class weights, 1: balanced, between: milder", minimum=0, maximum=1

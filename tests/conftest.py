@@ -127,6 +127,8 @@ def real_data():
 def running_server(tmp_path_factory, _no_team_server):
     """A real MLflow server: ``workspace``, ``url``, and ``connect()`` for fixtures of any scope."""
     ws = open_workspace(tmp_path_factory.mktemp("tracking") / "ws")
+    # Port 5000 is left to the notebooks that make it public.
+    server.start_server(ws, port=5300, keep=False)
     url = tracking.connect(ws, keep=False)
 
     def connect():

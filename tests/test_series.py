@@ -408,7 +408,7 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_pat
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 180
-    while len(list((folder / "search").glob("*/*.json"))) < 8 and time.monotonic() < deadline:
+    while len(list((folder / "search").rglob("output.pkl"))) < 8 and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
@@ -427,10 +427,12 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_pat
     assert "03_svm_grid_search: runs, not finished yet" in result.stdout
     assert result.returncode == 0, result.stderr
     with connected(elsewhere) as client:
-        metrics = find_runs(client, "model_svm_rbf")[0].data.metrics
+        start = find_runs(client, "model_svm_rbf")[0].info.start_time / 1000
         experiments = [e.experiment_id for e in client.search_experiments()]
         assert not client.search_runs(experiments, "attributes.status = 'RUNNING'")
-    assert 8 <= metrics["search_parts_resumed"] < 60
+    parts = [path.stat().st_mtime for path in (elsewhere / "search").rglob("output.pkl")]
+    assert len(parts) == 60
+    assert 8 <= sum(written < start for written in parts) < 60
     again = run_series(elsewhere, *arguments, "--resume")
     assert again.stdout.count("skipped, done and unchanged") == 3
     changed = run_series(elsewhere, *arguments, "--resume", "--only", "01,02", "-p", "EPOCHS", "2")
