@@ -99,22 +99,17 @@ class LogToMlflow(keras.callbacks.Callback):
     """Log the epochs to the active MLflow run as they end, those of a second at once.
 
     Epochs before an interrupt are in the run that was interrupted.
-
-    Parameters
-    ----------
-    prefix : str
-        In front of Keras' names: ``train_loss`` and so on.
     """
 
-    def __init__(self, prefix: str = "train_"):
+    def __init__(self):
         super().__init__()
-        self._prefix, self._waiting, self._sent = prefix, [], 0.0
+        self._waiting, self._sent = [], 0.0
 
     def on_epoch_end(self, epoch, logs=None):
         """Log the metrics of an epoch, or keep them for the next call."""
         now = time.time()
         self._waiting += [
-            Metric(self._prefix + name, float(value), int(now * 1000), epoch + 1)
+            Metric(f"train_{name}", float(value), int(now * 1000), epoch + 1)
             for name, value in logs.items()
         ]
         if now > self._sent + 1:
@@ -131,7 +126,7 @@ class LogToMlflow(keras.callbacks.Callback):
         self._waiting, self._sent = [], time.time()
 
 
-def backup_folder(folder: Path, split, **settings) -> Path:
+def backup_folder(folder: Path, split, network: keras.Model, **settings) -> Path:
     """Return a folder for `keras.callbacks.BackupAndRestore`.
 
     Its name is a digest of all that the training depends on: with another setting, split or
@@ -142,10 +137,12 @@ def backup_folder(folder: Path, split, **settings) -> Path:
     folder : pathlib.Path
         Such as `Workspace.training`.
     split : helpers.data.Split
+    network : keras.Model
     **settings
         Numbers or texts.
     """
-    key = [settings, split.manifest["split_digest"], keras.__version__, tf.__version__]
+    shapes = [list(weight.shape) for weight in network.weights]
+    key = [settings, shapes, split.manifest["split_digest"], keras.__version__, tf.__version__]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return Path(folder) / digest[:24]
 
@@ -198,11 +195,8 @@ def log_training(network: keras.Model, rehearsal: pd.DataFrame, **settings):
     **settings
         Numbers or texts.
     """
-    convolution, pooling = network.layers[1:3]
     sizes = {
-        # With few inputs both are smaller than what was set.
-        "kernel_size": convolution.kernel_size[0],
-        "pool_size": pooling.pool_size[0],
+        "pool_size": network.layers[2].pool_size[0],  # 1 where there is one place only
         "n_inputs": network.input_shape[1],
         "n_parameters": network.count_params(),
         "optimizer": network.optimizer.name,

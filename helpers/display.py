@@ -45,8 +45,6 @@ class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
         What is being done.
     unit : str
         What a step is.
-    initial : int
-        Steps that are done already.
     **options
         Of `tqdm.tqdm`.
     """
@@ -56,15 +54,14 @@ class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
         total: int | None = None,
         desc: str | None = None,
         unit: str = "it",
-        initial: int = 0,
         **options,
     ):
         self._handle, self._shown = None, _in_notebook()
         if self._shown:
             # What moves a terminal's cursor is for nobody.
             options |= {"file": io.StringIO(), "ascii": False}
-        options = {"total": total, "desc": desc, "unit": unit, "initial": initial, **options}
-        super().__init__(**{"ncols": 90, "mininterval": 0.5, **options})
+        shape = {"total": total, "desc": desc, "unit": unit, "ncols": 90, "mininterval": 0.5}
+        super().__init__(**{**shape, **options})
 
     def display(self, msg=None, pos=None):
         """Show the line as it is now."""

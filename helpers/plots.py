@@ -257,7 +257,7 @@ def correlations(table) -> Figure | None:
 
 
 @_picture
-def learning_curves(history: pd.DataFrame, best_epoch: int | None = None) -> Figure:
+def learning_curves(history: pd.DataFrame) -> Figure:
     """Draw loss and accuracy over the epochs.
 
     Parameters
@@ -265,8 +265,6 @@ def learning_curves(history: pd.DataFrame, best_epoch: int | None = None) -> Fig
     history : pandas.DataFrame
         Index: epoch. Columns ``loss`` and ``accuracy``, and ``val_loss`` and ``val_accuracy``
         where there were validation rows.
-    best_epoch : int, optional
-        Marked, where the weights of an epoch were chosen.
 
     Returns
     -------
@@ -287,14 +285,12 @@ def learning_curves(history: pd.DataFrame, best_epoch: int | None = None) -> Fig
                     legend=False,
                     ax=axis,
                 )
-        if best_epoch is not None:
-            axis.axvline(best_epoch, color="0.4", linestyle=":", label=f"best epoch: {best_epoch}")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         first, last = history.index.min(), history.index.max()
         axis.set(xlabel="epoch", ylabel=name, xlim=(first - 0.5, last + 0.5))
     lines, labels = axes[0].get_legend_handles_labels()
     if len(lines) > 1:
-        figure.legend(lines, labels, loc="outside lower center", ncols=3)
+        figure.legend(lines, labels, loc="outside lower center", ncols=2)
     figure.suptitle("Learning curves" + (" on the training rows" if len(lines) == 1 else ""))
     return figure
 

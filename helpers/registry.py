@@ -6,6 +6,7 @@ experiment ``promotions``, so the history is in MLflow itself and nothing in it 
 """
 
 import pickle
+import struct
 import sys
 import warnings
 import zlib
@@ -50,7 +51,9 @@ LOAD_ERRORS = (
     AttributeError,
     LookupError,
     EOFError,
+    MemoryError,
     pickle.UnpicklingError,
+    struct.error,
     zlib.error,
 )
 
@@ -140,17 +143,6 @@ def load_production(name: str) -> PyFuncModel:
         # Promoted by hand in the UI, which sets the stage alone.
         return tracking.load_model(f"models:/{name}/{version.version}")
     return tracking.load_model(f"models:/{name}@{ALIAS}")
-
-
-def load_all_production() -> dict[str, PyFuncModel]:
-    """Load every model of the series that is in Production, as `load_production` does.
-
-    Raises
-    ------
-    helpers.workspace.MissingStepError
-        If none is.
-    """
-    return {name: load_production(name) for name in require_production()}
 
 
 def require_production() -> list[str]:

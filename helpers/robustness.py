@@ -23,7 +23,7 @@ import pandas as pd
 
 from helpers.display import progress
 
-N_ROWS = 40  # test rows that are attacked
+N_ROWS = 30  # test rows that are attacked
 STEP = 0.05  # of a column's observed range, per step
 LARGEST = 0.1  # of a column's observed range, in all
 MOST_COLUMNS = 6  # changed columns up to which a flip counts

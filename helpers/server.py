@@ -126,10 +126,11 @@ def start(workspace, keep=None):
     helpers.background.ServerError
         If it does not answer.
     """
-    uri = prepare(workspace, keep)
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        wait_until_ready(start_server(workspace, keep=keep), workspace)
-    return uri
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return prepare(workspace, keep)
+    server = start_server(workspace, keep=keep)
+    wait_until_ready(server, workspace)
+    return server.url
 
 
 def command_line(workspace):

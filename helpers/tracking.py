@@ -38,11 +38,6 @@ from helpers.workspace import ProjectError, in_colab
 
 INTERFACE = Path(__file__).with_name("model_interface.py")
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
-MODEL_FILES = {
-    "classifier": "classifier.joblib",
-    "network": "network.tflite",
-    "keras": "network.keras",
-}
 COMPARED_ROWS = 1000  # training rows on which a converted network must answer as before
 TOLERANCE = 1e-5  # largest difference of a probability
 SERIES = "series"  # tag: the workspace that a run belongs to
@@ -572,7 +567,7 @@ def save_parts(folder, split, preprocessing, model):
     text = json.dumps(interface, indent=2, ensure_ascii=False)
     (folder / "interface.json").write_text(text, encoding="utf-8")
     if hasattr(model, "predict_proba"):
-        joblib.dump(model, folder / MODEL_FILES["classifier"], compress=3)
+        joblib.dump(model, folder / "classifier.joblib", compress=3)
         return
     from helpers import cnn
 
@@ -584,8 +579,8 @@ def save_parts(folder, split, preprocessing, model):
             f"The network that was converted to LiteRT answers otherwise: a probability differs "
             f"by {gap:.2g}. Use layers that it knows, such as Conv1D, MaxPooling1D and Dense."
         )
-    (folder / MODEL_FILES["network"]).write_bytes(content)
-    model.save(folder / MODEL_FILES["keras"])
+    (folder / "network.tflite").write_bytes(content)
+    model.save(folder / "network.keras")
 
 
 def log_model(split, preprocessing, model):

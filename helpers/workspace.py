@@ -99,7 +99,9 @@ SETTINGS = {
     "FILTERS": Setting(int, "filters of the convolution", minimum=1, maximum=1024),
     "KERNEL_SIZE": Setting(int, "neighbouring inputs seen by one filter", minimum=1, maximum=64),
     "L2": Setting(float, "weight penalty of the network", minimum=0, maximum=1),
-    "LEARNING_RATE": Setting(float, "step size of Adam", minimum=1e-6, maximum=1),
+    "LEARNING_RATE": Setting(
+        float, "step size of Adam at the start; it falls along a cosine", minimum=1e-6, maximum=1
+    ),
     "BATCH_SIZE": Setting(int, "rows per training step", minimum=1),
     "EPOCHS": Setting(int, "passes over the training rows; small tables get more", minimum=1),
     "VALIDATION_SIZE": Setting(
@@ -109,7 +111,10 @@ SETTINGS = {
         float, "0: no class weights, 1: balanced, between: milder", minimum=0, maximum=1
     ),
     "N_BINS": Setting(
-        int, "quantile bins of the piecewise-linear codes; 0: none", minimum=0, maximum=64
+        int,
+        "quantile bins of the piecewise-linear codes of each number; 0: no codes",
+        minimum=0,
+        maximum=64,
     ),
     "C_EXPONENTS": Setting(list, "powers of two tried for C", minimum=-60, maximum=60, items=float),
     "GAMMA_EXPONENTS": Setting(

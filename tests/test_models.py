@@ -291,7 +291,11 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
     assert first[1] == 1
     assert 20 < first[0] <= 41
     other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
-    folders = {cnn.backup_folder(workspace.training, each, seed=0) for each in (small_split, other)}
+    network = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    folders = {
+        cnn.backup_folder(workspace.training, each, network, seed=0)
+        for each in (small_split, other)
+    }
     assert len(folders) == 2
 
 

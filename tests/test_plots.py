@@ -84,7 +84,7 @@ PICTURES = {
     "class balance": plots.class_balance,
     "numeric by class": plots.numeric_by_class,
     "correlations": plots.correlations,
-    "learning curves": lambda _: plots.learning_curves(HISTORY, best_epoch=2),
+    "learning curves": lambda _: plots.learning_curves(HISTORY),
     "one epoch": lambda _: plots.learning_curves(HISTORY[["loss", "accuracy"]].head(1)),
     "confusion matrix": lambda _: plots.confusion_matrix(LABELS * 9, LABELS[::-1] * 9, LABELS),
     "grid": lambda _: plots.grid_map(make_search()),

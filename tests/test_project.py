@@ -140,8 +140,7 @@ def test_requirements_name_every_library_that_the_helpers_import():
     # notebooks with ipykernel and papermill, the database's tools with MLflow.
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbclient", "google"}
     brought |= {"alembic", "sqlalchemy", "packaging", "cloudpickle"}
-    optional = {"distributed"}
-    foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought - optional
+    foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought
     assert {packages.get(name, name) for name in foreign} <= named
 
 

@@ -36,6 +36,7 @@ from sklearn.svm import SVC
 from helpers import data
 from helpers.kernel_search import KernelGridSearch
 from helpers.workspace import PROJECT_ROOT, open_workspace
+from tests.conftest import split_table
 
 METHODS = {"GridSearchCV": GridSearchCV, "KernelGridSearch": KernelGridSearch}
 ROWS = (1000, 2000, 4000, 8000, 16000)
@@ -61,7 +62,7 @@ def grow(X, y, n_rows, numeric, seed=0):
 def run_here(method, table, n_rows):
     """Search in this process and print what was measured; `n_rows` 0: the table as it is."""
     with tempfile.TemporaryDirectory() as folder:
-        split = data.split_table(data.load_table(table, open_workspace(folder)))
+        split = split_table(data.load_table(table, open_workspace(folder)))
     X, y = split.X_train, split.y_train
     exponents, folds = np.arange(-5, 7), 5
     if n_rows:

@@ -55,7 +55,7 @@ def network(split, seed, ws):
 
 def support_vector_machine(split, seed, ws):
     """Search and fit by the cells of notebook 03."""
-    made = run_cells("03_svm_grid_search", "KernelGridSearch(", "log_model(", split=split, ws=ws)
+    made = run_cells("03_svm_grid_search", "Pipeline(", "log_model(", split=split, ws=ws)
     return _answered(made.answer, split.labels)
 
 

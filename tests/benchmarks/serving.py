@@ -203,7 +203,8 @@ def main():
                 **_over_http(url, split.X_test),
             }
         serving.stop(workspace)
-        for name, model in registry.load_all_production().items():
+        for name in registry.require_production():
+            model = registry.load_production(name)
             table[f"{name}, in process"] = _in_process(model, split.X_test)
         paths, inputs = _log_plain(folder, split)
         server.stop_server(workspace)
