@@ -744,10 +744,11 @@ def promoting(
         try:
             yield promotion
         except MlflowException as error:
-            if not (promotion.due and registered() and _has_no_stages(error)):
+            usual = _has_no_stages(error) or _came_second(error)
+            if not (promotion.due and registered() and usual):
                 raise
-            # The line after it: the alias, which is all that such a server has.
-            client.set_registered_model_alias(name, ALIAS, _number(registered()))
+            # The line after it, which is all that such a server has, or the same once more.
+            _set_alias(name, _number(registered()))
         else:
             before.check(registered(), promotion.due)
         if failed.empty:
@@ -849,6 +850,22 @@ def _has_no_stages(error):
     return gone or "unsupported" in str(error).lower()
 
 
+def _came_second(error):
+    """Tell whether another promotion wrote the same row of the database first."""
+    return error.error_code == "BAD_REQUEST" and "unique" in str(error).lower()
+
+
+def _set_alias(name, version):
+    """Point the alias to a version, whoever else makes the alias at the same moment."""
+    set_alias = partial(mlflow.MlflowClient().set_registered_model_alias, name, ALIAS, version)
+    try:
+        set_alias()
+    except MlflowException as error:
+        if not _came_second(error):
+            raise
+        set_alias()
+
+
 def _set_stage(name, version):
     """Move a version to the stage; tell whether the server still has stages."""
     try:
@@ -887,7 +904,7 @@ def _move_to_production(action, version, reason, by):
         _undone_on_error(name, lambda: version),
     ):
         _set_stage(name, number)
-        client.set_registered_model_alias(name, ALIAS, number)
+        _set_alias(name, number)
         _settle(name)
     return client.get_model_version(name, number)
 
