@@ -1,9 +1,11 @@
 """What every notebook does after its parameters: check them, open the workspace, save it."""
 
-from helpers import safe_copy, server
+from helpers import server
+from helpers.colab import safe_copy
+from helpers.colab.safe_copy import NoCopy, SafeCopy
 from helpers.display import set_up
-from helpers.safe_copy import NoCopy, SafeCopy
-from helpers.workspace import SETTINGS, Workspace, check_parameters, open_workspace
+from helpers.settings import SETTINGS, check_parameters
+from helpers.workspace import Workspace, open_workspace
 
 WITHOUT_SERVER = "01"  # the notebook that logs nothing
 
@@ -17,19 +19,19 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
         Of the notebook, such as ``02_cnn_training``.
     namespace : dict
         The notebook's ``globals()``. The parameters in it, which are those with a name of
-        `helpers.workspace.SETTINGS`, are replaced by their checked values.
+        `helpers.settings.SETTINGS`, are replaced by their checked values.
 
     Returns
     -------
     workspace : helpers.workspace.Workspace
-    copy : helpers.safe_copy.SafeCopy or helpers.safe_copy.NoCopy
+    copy : helpers.colab.safe_copy.SafeCopy or helpers.colab.safe_copy.NoCopy
         The safe copy; ``copy.save()`` brings it up to date.
 
     Raises
     ------
     helpers.workspace.ParameterError
         If a value cannot be used; names the parameter.
-    helpers.workspace.WorkspaceError, helpers.safe_copy.SafeCopyError
+    helpers.workspace.WorkspaceError, helpers.colab.safe_copy.SafeCopyError
         If the workspace or the safe copy cannot be used.
     """
     given = {parameter: namespace[parameter] for parameter in SETTINGS if parameter in namespace}

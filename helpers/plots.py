@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from helpers.evaluation import METRIC_NAMES, metrics_table
+from helpers.models.evaluation import METRIC_NAMES, metrics_table
 
 WIDTH = 9.0  # inches; at 100 dots per inch the width of a notebook's cell
 MOST_FEATURES = 30  # whose correlations can be told apart
@@ -461,7 +461,7 @@ def robustness(result, name: str) -> Figure:
 
     Parameters
     ----------
-    result : helpers.robustness.Robustness
+    result : helpers.registry.robustness.Robustness
     name : str
         The model.
 
@@ -587,7 +587,7 @@ def activity(log: pd.DataFrame) -> Figure | None:
     Parameters
     ----------
     log : pandas.DataFrame
-        From `helpers.activity.read_activity`.
+        From `helpers.server.activity.read_activity`.
 
     Returns
     -------

@@ -19,56 +19,27 @@ import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from helpers import access, server
+from helpers import server
 from helpers.display import STDERR
+from helpers.series import MODELS, STEPS
+from helpers.server import access
+from helpers.settings import SETTINGS, check_parameters
 from helpers.workspace import (
     PROJECT_ROOT,
-    SETTINGS,
     ParameterError,
     ProjectError,
     atomic_path,
-    check_parameters,
     file_digest,
     open_workspace,
 )
 
-NOTEBOOKS = PROJECT_ROOT / "notebooks"
 SUMMARY = ("accuracy", "f1_macro", "log_loss")
 
 
-@dataclass(frozen=True)
-class Step:
-    """One notebook of the series.
-
-    Attributes
-    ----------
-    name : str
-        File name without its ending.
-    needs : tuple of str
-        Numbers of the steps that must be done before.
-    """
-
-    name: str
-    needs: tuple = ()
-
-    @property
-    def path(self):
-        """The notebook."""
-        return NOTEBOOKS / f"{self.name}.ipynb"
-
-
-STEPS = {
-    "01": Step("01_data_preparation"),
-    "02": Step("02_cnn_training", ("01",)),
-    "03": Step("03_svm_grid_search", ("01",)),
-    "04": Step("04_registry_promotion", ("02", "03")),
-    "05": Step("05_serving_and_monitoring", ("04",)),
-}
 # Whether the UI is public, and where the copy is: no result depends on that.
 NO_RESULT = ("EXPOSE_UI", "DRIVE_FOLDER")
 
@@ -170,7 +141,7 @@ def fingerprints(parameters):
     -------
     dict of str to str
     """
-    helpers = file_digest(*sorted(Path(__file__).parent.glob("*.py")))
+    helpers = file_digest(*sorted(Path(__file__).parent.rglob("*.py")))
     digests = {}
     for number, step in STEPS.items():
         own = parameters.get(number, {})
@@ -243,12 +214,12 @@ def _has_results(number, workspace):
             return True
         tracking.connect(workspace, keep=False)
         if number in ("04", "05"):
-            return all(registry.production_version(name) for name in registry.MODELS)
+            return all(registry.production_version(name) for name in MODELS)
         digest = split.manifest["split_digest"]
         return all(
-            tracking.latest_run(experiment, run_name, digest)
-            for experiment, run_name, notebook in registry.MODELS.values()
-            if notebook == STEPS[number].name
+            tracking.latest_run(model.experiment, model.run_name, digest)
+            for model in MODELS.values()
+            if model.step == number
         )
     except MissingStepError:
         return False
@@ -439,8 +410,8 @@ def summarize(workspace):
     uri = tracking.connect(workspace, keep=False)
     heads = f"{'accuracy':>9}{'macro F1':>9}{'log loss':>9}  {'newest run':<34}in Production"
     lines = [f"{'model':<20}{heads}"]
-    for name, (experiment, run_name, _) in registry.MODELS.items():
-        run = tracking.latest_run(experiment, run_name)
+    for name, model in MODELS.items():
+        run = tracking.latest_run(model.experiment, model.run_name)
         if run is None:
             lines.append(f"{name:<20}{'not trained yet':>27}")
             continue
@@ -530,7 +501,7 @@ def _start_copy(workspace, folder):
     if folder is None:
         return lambda: None
     # Only here: it takes pandas along.
-    from helpers import safe_copy
+    from helpers.colab import safe_copy
 
     return safe_copy.start(workspace, folder, "helpers.run").save
 
@@ -545,7 +516,7 @@ def _exposed_ui(workspace, parameters, report):
     if not expose or access.find_secret(access.NGROK_TOKEN) is None:
         yield
         return
-    from helpers import tunnel
+    from helpers.server import tunnel
 
     def show():
         try:

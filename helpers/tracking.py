@@ -30,21 +30,23 @@ from mlflow.types import ColSpec, DataType, Schema
 from mlflow.types.schema import AnyType
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from helpers import access, background, server
+from helpers import server
 from helpers.display import silenced_libraries
-from helpers.evaluation import compute_metrics
-from helpers.model_interface import LiteNetwork
+from helpers.models import interface
+from helpers.models.evaluation import compute_metrics
+from helpers.models.interface import LiteNetwork
+from helpers.server import access, background
 from helpers.workspace import ProjectError, in_colab
 
-INTERFACE = Path(__file__).with_name("model_interface.py")
+INTERFACE = Path(interface.__file__)
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 COMPARED_ROWS = 1000  # training rows on which a converted network must answer as before
 TOLERANCE = 1e-5  # largest difference of a probability
-SERIES = "series"  # tag: the workspace that a run belongs to
+WORKSPACE = "series"  # tag: the id of the workspace that a run belongs to
 TRAINING_ROWS = "training_rows.txt"  # artifact: the hash of each row that a run was trained on
 
 
-_series = None  # of the workspace that this process is connected for
+_workspace_id = None  # of the workspace that this process is connected for
 
 
 class ModelError(ProjectError):
@@ -72,11 +74,11 @@ def connect(workspace, keep=None):
 
     Raises
     ------
-    helpers.background.ServerError
+    helpers.server.background.ServerError
         If the server does not answer or does not start.
     """
-    global _series
-    uri, _series = server.start(workspace, keep), workspace.series
+    global _workspace_id
+    uri, _workspace_id = server.start(workspace, keep), workspace.id
     # As everywhere, an empty variable (a secret that is not set) names no server.
     named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     mlflow.set_tracking_uri(uri)
@@ -178,7 +180,7 @@ def _process_tags():
         "cores": str(os.cpu_count()),
         "runtime": "colab" if in_colab() else "local",
         "accelerator": _accelerator(),
-        **({SERIES: _series} if _series else {}),
+        **({WORKSPACE: _workspace_id} if _workspace_id else {}),
     }
 
 
@@ -298,9 +300,9 @@ def keep_run(client, experiment, run_name, keys, tags, metrics):
         Id of the run.
     """
     experiment_id = open_experiment(experiment)
-    if _series:
+    if _workspace_id:
         # On a team's server another workspace has rows of its own to judge by.
-        keys, tags = {**keys, SERIES: _series}, {**tags, SERIES: _series}
+        keys, tags = {**keys, WORKSPACE: _workspace_id}, {**tags, WORKSPACE: _workspace_id}
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in keys.items())
     found = client.search_runs([experiment_id], query, max_results=1)
     if found and tags.items() <= found[0].data.tags.items():
@@ -365,7 +367,7 @@ def latest_run(experiment, run_name, split_digest=None):
     query = f"attributes.status = 'FINISHED' and attributes.run_name = '{run_name}'"
     if split_digest:
         query += f" and tags.split_digest = '{split_digest}'"
-    for own in ([f" and tags.{SERIES} = '{_series}'"] if _series else []) + [""]:
+    for own in ([f" and tags.{WORKSPACE} = '{_workspace_id}'"] if _workspace_id else []) + [""]:
         runs = client.search_runs(
             [found.experiment_id],
             query + own,
@@ -388,7 +390,7 @@ def is_own(run):
     -------
     bool
     """
-    return run.data.tags.get(SERIES, _series) == _series
+    return run.data.tags.get(WORKSPACE, _workspace_id) == _workspace_id
 
 
 # --- logging ----------------------------------------------------------------------------------
@@ -551,7 +553,7 @@ def save_parts(folder, split, preprocessing, model):
     ----------
     folder : pathlib.Path
     split : helpers.data.Split
-    preprocessing : helpers.model_interface.TabularPreprocessor
+    preprocessing : helpers.models.interface.TabularPreprocessor
     model : keras.Model or classifier of scikit-learn
 
     Raises
@@ -569,7 +571,7 @@ def save_parts(folder, split, preprocessing, model):
     if hasattr(model, "predict_proba"):
         joblib.dump(model, folder / "classifier.joblib", compress=3)
         return
-    from helpers import cnn
+    from helpers.models import cnn
 
     content = cnn.to_litert(model)
     rows = preprocessing.transform(split.X_train.head(COMPARED_ROWS)).astype("float32")
@@ -590,7 +592,7 @@ def log_model(split, preprocessing, model):
     ----------
     split : helpers.data.Split
         Its training rows give signature and input example.
-    preprocessing : helpers.model_interface.TabularPreprocessor
+    preprocessing : helpers.models.interface.TabularPreprocessor
         Fitted.
     model : keras.Model or classifier of scikit-learn
         Fitted; takes preprocessed rows. A network is run by LiteRT, so that clients need no

@@ -59,7 +59,7 @@ def train_network(split, ws, steps=None, **parameters):
     **parameters
         Of the notebook.
     """
-    from helpers import cnn
+    from helpers.models import cnn
 
     with patch.object(cnn, "FEWEST_STEPS", steps or cnn.FEWEST_STEPS):
         return run_cells(

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 
 from helpers import data, server, tracking
 from helpers.workspace import PROJECT_ROOT, open_workspace
-from tests.ngrok_double import NgrokCloud
+from tests.doubles.ngrok import NgrokCloud
 
 URI = "MLFLOW_TRACKING_URI"
 

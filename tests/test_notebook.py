@@ -3,8 +3,8 @@
 import pytest
 
 from helpers import server
+from helpers.colab.safe_copy import NoCopy, SafeCopy
 from helpers.notebook import open_notebook
-from helpers.safe_copy import NoCopy, SafeCopy
 from helpers.workspace import ParameterError
 
 

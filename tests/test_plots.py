@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 
 from helpers import data, plots
-from helpers.robustness import Robustness
+from helpers.registry.robustness import Robustness
 from helpers.workspace import PROJECT_ROOT
 
 NASTY = "$\\frac{1}{ & <b>$"

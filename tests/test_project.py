@@ -9,8 +9,10 @@ import sys
 import papermill
 import pytest
 
-from helpers.run import STEPS, declared_parameters
-from helpers.workspace import PROJECT_ROOT, SETTINGS
+from helpers.run import declared_parameters
+from helpers.series import STEPS
+from helpers.settings import SETTINGS
+from helpers.workspace import PROJECT_ROOT
 
 README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
@@ -115,7 +117,7 @@ def test_at_least_half_of_the_lines_do_what_the_title_says():
 
 def test_helpers_other_than_the_network_do_not_import_tensorflow():
     code = (
-        "import sys; import helpers.registry, helpers.svm, helpers.run, helpers.data;"
+        "import sys; import helpers.registry, helpers.models.svm, helpers.run, helpers.data;"
         "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0

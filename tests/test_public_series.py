@@ -10,9 +10,8 @@ import mlflow
 import pytest
 import requests
 
-from helpers import access
+from helpers.server import access
 from helpers.workspace import PROJECT_ROOT, open_workspace
-from tests import walkthrough
 from tests.series import (
     ONE_PAIR,
     RUNS,
@@ -22,6 +21,7 @@ from tests.series import (
     find_runs,
     run_notebook,
 )
+from tests.tools import walkthrough
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
-from helpers import background, registry, run
+from helpers import registry, run
 from helpers.data import load_split
+from helpers.server import background
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
     METRICS,

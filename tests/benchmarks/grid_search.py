@@ -34,7 +34,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 
 from helpers import data
-from helpers.kernel_search import KernelGridSearch
+from helpers.models.search import KernelGridSearch
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.conftest import split_table
 

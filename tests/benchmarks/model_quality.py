@@ -30,7 +30,7 @@ from sklearn.svm import SVC
 from xgboost import XGBClassifier
 
 from helpers import data, server, tracking
-from helpers.model_interface import TabularPreprocessor
+from helpers.models.interface import TabularPreprocessor
 from helpers.workspace import open_workspace
 from tests.cells import run_cells, train_network
 from tests.conftest import split_table

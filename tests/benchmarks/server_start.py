@@ -15,7 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from helpers import background, server
+from helpers import server
+from helpers.server import background
 from helpers.workspace import open_workspace
 
 PORT = 5600

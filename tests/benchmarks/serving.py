@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 import requests
 
-from helpers import registry, server, serving, tracking
+from helpers import registry, series, server, serving, tracking
 from helpers.data import load_split
-from helpers.model_interface import TabularPreprocessor
+from helpers.models.interface import TabularPreprocessor
 from helpers.workspace import open_workspace
 from tests.series import ONE_PAIR, run_series
 
@@ -105,7 +105,7 @@ def _log_plain(folder, split):
     import keras
 
     paths, inputs = {}, {}
-    for name in registry.MODELS:
+    for name in series.MODELS:
         version = registry.production_version(name)
         local = mlflow.artifacts.download_artifacts(
             f"models:/{name}/{version.version}", dst_path=str(folder / f"{name}-parts")
@@ -216,7 +216,7 @@ def main():
     frame = pd.DataFrame(table).T
     print(frame.round(1).to_string())
     plain = frame.loc[[name for name in frame.index if "plain Keras" in name], "p50"].iloc[0]
-    for name in registry.MODELS:
+    for name in series.MODELS:
         ratio = plain / frame.loc[f"{name}, this project's server", "p50"]
         print(f"{name}: p50 {ratio:.1f} times lower than the plain Keras flavour's")
     return 0

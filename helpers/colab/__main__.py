@@ -1,0 +1,7 @@
+"""``python -m helpers.colab``."""
+
+import sys
+
+from helpers.colab import main
+
+sys.exit(main())

@@ -1,0 +1,282 @@
+"""Colab: setting up its machines, and the links that open the notebooks there.
+
+``python -m helpers.colab`` writes `REPOSITORY` into the notebooks and the READMEs: the *Open in
+Colab* links, and the address in each notebook's first cell. With ``--check`` it only says what
+is not up to date.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from helpers.workspace import DRIVE, PROJECT_ROOT, ProjectError, in_colab, is_batch
+
+# The one setting: where the project is on GitHub, as "owner/name", and the branch to open.
+# After a change: python -m helpers.colab
+REPOSITORY = ""
+BRANCH = "main"
+
+NOTEBOOKS = PROJECT_ROOT / "notebooks"
+COPY = "MyDrive/mlflow_series"  # the safe copy in Google Drive
+READMES = {
+    "README.md": "The links appear here once `REPOSITORY` in `helpers/colab/setup.py` is set.",
+    "README.es.md": (
+        "Los enlaces aparecen aquí cuando `REPOSITORY` está en `helpers/colab/setup.py`."
+    ),
+}
+BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+
+
+# --- setting up -------------------------------------------------------------------------------
+
+
+def set_up(use_drive: bool) -> None:
+    """Make the project's folder the working one; in Colab also mount Drive and install packages.
+
+    Parameters
+    ----------
+    use_drive : bool
+        In Colab: whether data, runs and models are kept in Google Drive. It becomes the default
+        of ``DRIVE_FOLDER``.
+
+    Raises
+    ------
+    helpers.workspace.ProjectError
+        If pip cannot install what the machine lacks.
+    """
+    os.chdir(PROJECT_ROOT)
+    if not in_colab():
+        return
+    kept = use_drive and mount_drive()
+    os.environ["DRIVE_FOLDER"] = str(DRIVE / COPY) if kept else "off"
+    print("Installed:", ", ".join(install_missing()) or "nothing, all is here")
+
+
+def mount_drive() -> bool:
+    """Mount Google Drive where a person can allow it; tell whether it is there."""
+    if (DRIVE / "MyDrive").is_dir():
+        return True
+    if is_batch():
+        # Colab would wait two minutes for a front end that a batch run does not have.
+        return False
+    from google.colab import drive
+
+    drive.mount(str(DRIVE))
+    return True
+
+
+# --- what Colab lacks -------------------------------------------------------------------------
+
+
+def missing_requirements(requirements=PROJECT_ROOT / "requirements.txt"):
+    """List the lines of a requirements file that no installed package satisfies by name.
+
+    A package that is there in any version is kept: nothing that Colab ships is replaced.
+
+    Parameters
+    ----------
+    requirements : path-like
+        A requirements file.
+
+    Returns
+    -------
+    list of str
+    """
+    missing = []
+    for line in Path(requirements).read_text(encoding="utf-8").splitlines():
+        requirement = line.split("#")[0].strip()
+        if not requirement:
+            continue
+        name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            missing.append(requirement)
+    return missing
+
+
+def installed_versions():
+    """Return the version of every installed package, as the lines of a constraints file.
+
+    Returns
+    -------
+    list of str
+        Without packages of the system whose versions pip cannot read.
+    """
+    found = {}
+    for each in metadata.distributions():
+        # Of two of one name, Python imports the first.
+        if each.name:
+            found.setdefault(canonicalize_name(each.name), each.version)
+    pins = []
+    for name, version in sorted(found.items()):
+        with suppress(InvalidVersion):
+            pins.append(f"{name}=={Version(version)}")
+    return pins
+
+
+def install_missing():
+    """Install what `requirements.txt` names and the machine lacks, and replace nothing.
+
+    What is installed is a constraint to pip: it takes versions that go with it, or gives up.
+    So no package changes under a running notebook, and no restart is needed.
+
+    Returns
+    -------
+    list of str
+        The requirements installed; empty if everything was there.
+
+    Raises
+    ------
+    ProjectError
+        If pip cannot install them.
+    """
+    missing = missing_requirements()
+    if not missing:
+        return missing
+    with tempfile.TemporaryDirectory() as folder:
+        constraints = Path(folder) / "installed.txt"
+        constraints.write_text("\n".join(installed_versions()), encoding="utf-8")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--constraint",
+            constraints,
+        ]
+        done = subprocess.run([*command, *missing], check=False)
+    if done.returncode:
+        raise ProjectError(
+            f"pip could not install {', '.join(missing)} beside what is installed. Check the "
+            "network, then run this cell again; on a machine where you installed other packages "
+            "before, start with a new one (Runtime → Disconnect and delete runtime)."
+        )
+    return missing
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+def badge(notebook, repository=REPOSITORY):
+    """Return the *Open in Colab* link of a notebook.
+
+    Parameters
+    ----------
+    notebook : pathlib.Path
+    repository : str
+        As "owner/name".
+
+    Returns
+    -------
+    str
+        Markdown; empty without a repository.
+    """
+    if not repository:
+        return ""
+    place = f"{repository}/blob/{BRANCH}/notebooks/{notebook.name}"
+    url = f"https://colab.research.google.com/github/{place}"
+    return f"[![Open in Colab]({BADGE})]({url})"
+
+
+def stamped_notebook(text, notebook, repository=REPOSITORY):
+    """Return the text of a notebook with the link and the address of a repository.
+
+    Parameters
+    ----------
+    text : str
+        Of the file.
+    notebook : pathlib.Path
+    repository : str
+
+    Returns
+    -------
+    str
+    """
+    content = json.loads(text)
+    cells = content["cells"]
+    title = "".join(cells[0]["source"])
+    title = re.sub(r"\n\n\[!\[Open in Colab\].*", "", title)
+    link = badge(notebook, repository)
+    if link:
+        first, _, rest = title.partition("\n")
+        title = f"{first}\n\n{link}\n{rest}"
+    cells[0]["source"] = title.splitlines(keepends=True)
+    first_code = next(cell for cell in cells if cell["cell_type"] == "code")
+    url = f"https://github.com/{repository}" if repository else ""
+    first_code["source"] = [
+        re.sub(r'^REPO_URL = "[^"]*"', f'REPO_URL = "{url}"', line) for line in first_code["source"]
+    ]
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def stamped_readme(text, without, repository=REPOSITORY):
+    """Return the text of a README with a link to each notebook between its two marks.
+
+    Parameters
+    ----------
+    text : str
+    without : str
+        What to say where no repository is set.
+    repository : str
+
+    Returns
+    -------
+    str
+    """
+    links = [f"- {badge(path, repository)} `{path.stem}`" for path in _notebooks()]
+    shown = "\n".join(links) if repository else without
+    pattern = r"(<!-- colab links -->\n).*?(\n<!-- end -->)"
+    return re.sub(pattern, lambda found: found[1] + shown + found[2], text, flags=re.DOTALL)
+
+
+def _notebooks():
+    return sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def main(arguments=None):
+    """Stamp the links, or with ``--check`` say where they are not up to date.
+
+    Parameters
+    ----------
+    arguments : list of str, optional
+        Default: those of the process.
+
+    Returns
+    -------
+    int
+        0; 1 if something is not up to date, or the setting cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.colab", description="Stamp the Open in Colab links."
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args(arguments)
+    if REPOSITORY and not re.fullmatch(r"[\w.-]+/[\w.-]+", REPOSITORY):
+        print(f"REPOSITORY must be 'owner/name', not {REPOSITORY!r}.", file=sys.stderr)
+        return 1
+    stale = []
+    for path in [*_notebooks(), *(PROJECT_ROOT / name for name in READMES)]:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".ipynb":
+            stamped = stamped_notebook(text, path, REPOSITORY)
+        else:
+            stamped = stamped_readme(text, READMES[path.name], REPOSITORY)
+        if stamped != text:
+            stale.append(path.name)
+            if not options.check:
+                path.write_text(stamped, encoding="utf-8")
+    print(f"Not up to date: {', '.join(stale)}" if stale else "Everything is up to date.")
+    return 1 if stale and options.check else 0

@@ -1,0 +1,91 @@
+"""What a model was promoted with, as figures that hold no row of the table.
+
+Counts of values, quantiles, and metrics: what the monitoring compares production with later.
+"""
+
+import numpy as np
+
+from helpers.models.evaluation import compute_metrics
+
+MOST_VALUES = 100  # different numbers up to which each is counted; above, quantiles
+QUANTILES = 201
+BINS = 10  # of the confidence, for the calibration error
+
+
+def calibration(y_true, answer, labels):
+    """Compute how well probabilities match how often the predictions are right.
+
+    Parameters
+    ----------
+    y_true : array-like, shape (n_rows,)
+    answer : pandas.DataFrame
+        ``prediction`` and ``probability_<label>``.
+    labels : sequence
+
+    Returns
+    -------
+    dict of str to float
+        ``calibration_error``: mean distance of confidence and accuracy over ten bins of the
+        confidence (ECE); ``overconfidence``: mean confidence minus accuracy.
+    """
+    confidence = answer[[f"probability_{label}" for label in labels]].max(axis=1).to_numpy()
+    right = answer["prediction"].to_numpy() == np.asarray(y_true)
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, right - confidence, BINS)
+    return {
+        "calibration_error": float(np.abs(gaps).sum() / len(right)),
+        "overconfidence": float(confidence.mean() - right.mean()),
+    }
+
+
+def make_reference(split, answer):
+    """Summarise the training rows and the answer to the test rows.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    answer : pandas.DataFrame
+        The model's answer to the test rows.
+
+    Returns
+    -------
+    dict
+        For JSON: ``columns``, ``predictions``, ``metrics`` and ``labels``.
+    """
+    metrics = compute_metrics(split.y_test, answer, split.labels)
+    return {
+        "labels": list(split.labels),
+        "columns": {
+            name: _summary(split.X_train[name], name in split.categorical)
+            for name in split.X_train.columns
+        },
+        "predictions": _counts(answer["prediction"]),
+        "metrics": {**metrics, **calibration(split.y_test, answer, split.labels)},
+    }
+
+
+def _counts(values):
+    """Return [value as text, count] pairs; numbers as they are written in a CSV."""
+    return [[level, int(count)] for level, count in levels(values).value_counts().items()]
+
+
+def levels(values):
+    """Return values as texts that are the same for 3 and 3.0; missing ones are ''."""
+
+    def text(value):
+        whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+        return str(int(value)) if whole else str(value)
+
+    return values.map(text, na_action="ignore").astype(object).where(values.notna(), "")
+
+
+def _summary(column, categorical):
+    if categorical or column.dtype.kind not in "iuf":
+        return {"kind": "levels", "counts": _counts(column)}
+    known = column.dropna().astype("float64")
+    rows = {"rows": len(known), "missing": len(column) - len(known)}
+    values, counts = np.unique(known, return_counts=True)
+    if len(values) <= MOST_VALUES:
+        return {"kind": "values", **rows, "values": values.tolist(), "counts": counts.tolist()}
+    quantiles = np.quantile(known, np.linspace(0, 1, QUANTILES))
+    return {"kind": "quantiles", **rows, "values": quantiles.tolist()}

@@ -1,0 +1,7 @@
+"""``python -m helpers.server``."""
+
+import sys
+
+from helpers.server import main
+
+sys.exit(main())

@@ -1,0 +1,7 @@
+"""``python -m helpers.serving``."""
+
+import sys
+
+from helpers.serving import main
+
+sys.exit(main())

@@ -1,1 +1,0 @@
-"""Stands in for Colab's package of this name; see ``tests/colab_double``."""

@@ -1,0 +1,77 @@
+"""What the tests of serving and monitoring share: models in Production, and servers of them."""
+
+import threading
+from contextlib import contextmanager
+
+import mlflow
+import pandas as pd
+import uvicorn
+from sklearn.ensemble import StackingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import PolynomialFeatures
+from sklearn.svm import SVC
+
+from helpers import registry, tracking
+from helpers.models.interface import TabularPreprocessor
+from helpers.registry import Candidate
+from helpers.workspace import open_workspace
+from tests.cells import train_network
+from tests.series import wait_for
+
+PASSED = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
+
+
+def fit_svm(split, C=1.0, gamma=0.1):
+    """Return fitted preprocessing and classifier, as notebook 03 makes them."""
+    preprocessing = TabularPreprocessor(split.categorical)
+    svc = SVC(C=C, gamma=gamma, decision_function_shape="ovo")
+    probabilities = make_pipeline(PolynomialFeatures(2), LogisticRegression(C=0.3))
+    classifier = StackingClassifier(
+        [("svc", svc)], probabilities, cv=StratifiedKFold(3), stack_method="decision_function"
+    )
+    return preprocessing, classifier.fit(preprocessing.fit_transform(split.X_train), split.y_train)
+
+
+def log_svm(split, C=1.0):
+    """Log an SVM as notebook 03 does, without the search."""
+    with tracking.start_run("svc_model", "svm", split.manifest) as run:
+        tracking.log_split(split)
+        info = tracking.log_model(split, *fit_svm(split, C))
+        tracking.evaluate_logged_model(info, split)
+    return mlflow.get_run(run.info.run_id)
+
+
+def log_network(split, folder):
+    """Log a network as notebook 02 does; `folder` is a workspace's."""
+    ws = open_workspace(folder)
+    made = train_network(split, ws, steps=200, EPOCHS=4, BATCH_SIZE=32, FILTERS=8)
+    return mlflow.get_run(made.run.info.run_id)
+
+
+def put_in_production(name, run, split):
+    """Register a run's model and promote it, as notebook 04 does; return the version."""
+    candidate, client = Candidate(name, run, split), mlflow.MlflowClient()
+    checks = pd.concat({name: PASSED})
+    with registry.promoting(candidate, checks, "a test") as promotion:
+        version = promotion.version or mlflow.register_model(candidate.model_uri, name)
+        client.transition_model_version_stage(name, version.version, "Production", True)
+        client.set_registered_model_alias(name, "production", version.version)
+    return client.get_model_version(name, version.version)
+
+
+@contextmanager
+def serve_here(app):
+    """Serve an ASGI application in a thread of this process; gives its address."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert wait_for(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

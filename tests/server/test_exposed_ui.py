@@ -1,0 +1,583 @@
+"""The protected MLflow server, asked from outside: through the tunnel's https edge."""
+
+import json
+import queue
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import mlflow
+import psutil
+import pytest
+import requests
+from mlflow.server.handlers import get_endpoints
+
+from helpers import tracking
+from helpers.server import access, activity, background, tunnel
+from helpers.server import app as server_app
+from helpers.workspace import open_workspace
+from tests.conftest import URI
+from tests.scoring import serve_here
+from tests.tools.walkthrough import environment, exposed
+
+API = "/api/2.0/mlflow"
+USERS = ["reader:reader", "editor:editor", "boss:admin"]
+
+
+@pytest.fixture(scope="module")
+def public(cloud, tmp_path_factory, _no_team_server):
+    """A server behind an open tunnel, with a run, a model and users of every role."""
+    folder = tmp_path_factory.mktemp("exposed")
+    workspace = open_workspace(folder / "ws")
+    url = tracking.connect(workspace, keep=False)
+    with tracking.start_run("shown", "one") as run:
+        mlflow.log_metric("accuracy", 0.75)
+        mlflow.log_text("hello", "note.txt")
+    client = mlflow.MlflowClient()
+    client.create_registered_model("there")
+    client.create_model_version("there", f"runs:/{run.info.run_id}/note.txt", run.info.run_id)
+    users = ",".join(USERS)
+    with environment(UI_USERS=users), exposed(workspace, cloud, folder) as address:
+
+        def session(user=None, password=None):
+            asking = requests.Session()
+            asking.trust_env = False
+            asking.proxies = {"https": cloud.proxy_url}
+            asking.verify = str(cloud.ca_file)
+            asking.headers["ngrok-skip-browser-warning"] = "1"
+            if user:
+                asking.auth = (user, password or access.password_of(workspace, user))
+            return asking
+
+        yield SimpleNamespace(
+            url=address.url,
+            local=url,
+            host=urlsplit(address.url).netloc,
+            workspace=workspace,
+            session=session,
+            run_id=run.info.run_id,
+            experiment_id=run.info.experiment_id,
+            version="1",
+        )
+
+
+@pytest.fixture(autouse=True)
+def _server_survives(public):
+    yield
+    assert background.answers(public.local)
+
+
+def settled(public):
+    """Return the activity log; a request's line is written just after its answer was sent."""
+    table, before = activity.read_activity(public.workspace), None
+    while before is None or len(table) != len(before):
+        time.sleep(0.3)
+        table, before = activity.read_activity(public.workspace), table
+    return table
+
+
+def last(public, **wanted):
+    """Return the newest line of the activity log with the wanted values."""
+    table = settled(public)
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    return table.iloc[-1]
+
+
+# --- no sign-in, no answer ---------------------------------------------------------------------
+
+
+def every_route():
+    """List each method and path that MLflow's server has, parameters filled in."""
+    routes = {("GET", path) for path in ("/", "/health", "/version", "/signup", "/graphql")}
+    routes |= {("GET", f"/static-files/{name}") for name in ("index.html", "x.js")}
+    routes |= {("GET", "/get-artifact"), ("GET", "/model-versions/get-artifact")}
+    routes |= {("GET", "/ajax-api/3.0/mlflow/server-info"), ("GET", "/favicon.ico")}
+    routes |= {("POST", "/ajax-api/3.0/mlflow/assistant/message"), ("GET", "/no/such/page")}
+    routes |= {("POST", "/v1/traces"), ("POST", "/gateway/x/mlflow/invocations")}
+    for method in ("GET", "PUT", "DELETE"):
+        routes.add((method, "/api/2.0/mlflow-artifacts/artifacts/1/x"))
+    for path, _, methods in get_endpoints():
+        filled = re.sub(r"<[^>]*>", "1", path)
+        routes |= {(method, filled) for method in methods}
+    return sorted(routes)
+
+
+@pytest.mark.parametrize("account", [None, ("eve", "wrong password"), ("nobody", "")])
+def test_no_page_and_no_api_without_sign_in(public, account):
+    routes = every_route()
+    assert len(routes) > 200
+    if account is not None:
+        # Each wrong password costs its check, and soon its user is told to wait.
+        routes = routes[:: len(routes) // 12]
+
+    def ask(route):
+        asking = sessions.get()
+        response = asking.request(route[0], public.url + route[1], json={}, auth=account)
+        sessions.put(asking)
+        return route, response.status_code, response.headers.get("www-authenticate")
+
+    sessions = queue.SimpleQueue()
+    for _ in range(8):
+        sessions.put(public.session())
+    with ThreadPoolExecutor(8) as pool:
+        for route, code, challenge in pool.map(ask, routes):
+            assert (code, challenge) == (401, 'Basic realm="mlflow"'), route
+
+
+def test_password_of_another_user_is_refused(public):
+    asking = public.session("editor", access.password_of(public.workspace, "reader"))
+    assert asking.get(public.url).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "header", ["Basic", "Basic !!!", "Bearer abc", "Basic YWRtaW4=", "basic " + "A" * 3000, ""]
+)
+def test_sign_in_of_another_kind_is_refused(public, header):
+    response = public.session().get(public.url, headers={"Authorization": header})
+    assert response.status_code == 401
+
+
+def test_guessing_a_password_is_stopped_for_that_user_and_address_only(public):
+    password = access.password_of(public.workspace, "reader")
+
+    def guess(address, user, word="guess"):
+        headers = {"X-Forwarded-For": address, "Host": public.host}
+        url = f"{public.local}/version"
+        return requests.get(url, headers=headers, auth=(user, word)).status_code
+
+    codes = [guess("198.51.100.9", "editor") for _ in range(30)]
+    assert codes == [401] * 20 + [429] * 10
+    assert guess("198.51.100.10", "editor") == 401
+    assert guess("198.51.100.9", "reader", password) == 200
+    assert last(public, outcome="too many")["address"] == "198.51.100.9"
+
+
+# --- under which name --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "evil.example",
+        "other.ngrok-free.app",
+        "localhost:1",
+        "127.0.0.1.evil.example",
+        "*",
+        "localhost@evil",
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/health", f"{API}/experiments/search?max_results=1"])
+def test_wrong_host_is_refused(public, host, path):
+    account = ("editor", access.password_of(public.workspace, "editor"))
+    response = requests.get(public.local + path, headers={"Host": host}, auth=account)
+    assert response.status_code == 403
+    assert "Host" in response.text
+
+
+def test_two_hosts_in_one_request_are_refused(public):
+    address = urlsplit(public.local)
+    request = f"GET / HTTP/1.1\r\nHost: {address.netloc}\r\nHost: {public.host}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        connection.sendall(request.encode())
+        status = connection.recv(1000).split(b"\r\n")[0]
+    assert b" 403" in status or b" 400" in status
+
+
+def test_the_tunnel_and_this_machine_are_admitted_under_their_names(public):
+    account = ("editor", access.password_of(public.workspace, "editor"))
+    port = public.local.rsplit(":", 1)[1]
+    for host in (public.host, f"localhost:{port}", f"127.0.0.1:{port}", f"LOCALHOST:{port}"):
+        answer = requests.get(f"{public.local}/version", headers={"Host": host}, auth=account)
+        assert answer.status_code == 200, host
+
+
+def test_this_machine_signs_in_too_while_the_server_is_exposed(public):
+    assert requests.get(f"{public.local}/version").status_code == 401
+
+
+# --- roles -------------------------------------------------------------------------------------
+
+
+def look(asking, public):
+    run = f"{API}/runs/get?run_id={public.run_id}"
+    artifact = f"/get-artifact?run_uuid={public.run_id}&path=note.txt"
+    search = {"experiment_ids": [public.experiment_id]}
+    return [
+        asking.get(public.url).status_code,
+        asking.get(public.url + run).status_code,
+        asking.get(public.url + artifact).status_code,
+        asking.post(f"{public.url}{API}/runs/search", json=search).status_code,
+        asking.get(f"{public.url}{API}/registered-models/search").status_code,
+    ]
+
+
+@pytest.mark.parametrize("user", ["reader", "editor", "boss", "admin"])
+def test_everybody_who_signs_in_sees_everything(public, user):
+    assert look(public.session(user), public) == [200] * 5
+
+
+def metric(name, public):
+    return {"run_id": public.run_id, "key": name, "value": 1.0, "timestamp": 1_800_000_000_000}
+
+
+def changes(public):
+    """List what only an editor may do, then what only an admin may do."""
+    version = {"name": "there", "version": public.version}
+    editing = [
+        ("POST", f"{API}/experiments/create", {"name": "new"}),
+        ("POST", f"{API}/runs/create", {"experiment_id": public.experiment_id}),
+        ("POST", f"{API}/runs/log-metric", metric("a", public)),
+        ("POST", f"{API}/runs/set-tag", {"run_id": public.run_id, "key": "a", "value": "b"}),
+        ("POST", f"{API}/registered-models/create", {"name": "new"}),
+        ("POST", f"{API}/model-versions/create", {"name": "there", "source": "models:/m-1"}),
+        ("POST", f"{API}/model-versions/transition-stage", {**version, "stage": "Production"}),
+        ("POST", f"{API}/registered-models/alias", {**version, "alias": "production"}),
+        ("PATCH", f"{API}/model-versions/update", {**version, "description": "x"}),
+    ]
+    managing = [
+        ("DELETE", f"{API}/model-versions/delete", version),
+        ("DELETE", f"{API}/registered-models/delete", {"name": "there"}),
+        ("POST", f"{API}/runs/delete", {"run_id": public.run_id}),
+        ("POST", f"{API}/experiments/delete", {"experiment_id": public.experiment_id}),
+        ("POST", f"{API}/users/create", {"username": "eve", "password": "a long password"}),
+        ("PATCH", f"{API}/users/update-admin", {"username": "reader", "is_admin": True}),
+        ("DELETE", f"{API}/users/delete", {"username": "boss"}),
+    ]
+    return editing, managing
+
+
+def test_reader_changes_nothing(public):
+    asking = public.session("reader")
+    editing, managing = changes(public)
+    for method, path, content in (*editing, *managing):
+        response = asking.request(method, public.url + path, json=content)
+        assert response.status_code == 403, path
+        assert "reader" in response.text
+    artifact = f"/api/2.0/mlflow-artifacts/artifacts/{public.experiment_id}/x.txt"
+    assert asking.put(public.url + artifact, data=b"x").status_code == 403
+    assert asking.delete(public.url + artifact).status_code == 403
+    upload = f"/ajax-api/2.0/mlflow/upload-artifact?run_uuid={public.run_id}&path=x.txt"
+    assert asking.post(public.url + upload, data=b"x").status_code == 403
+    assert last(public, user="reader")["outcome"] == "role"
+    assert not list(public.workspace.artifacts.rglob("x.txt"))
+
+
+def test_editor_logs_and_registers_and_does_not_manage(public):
+    asking = public.session("editor")
+    editing, managing = changes(public)
+    for method, path, content in editing:
+        if not path.endswith("model-versions/create"):
+            response = asking.request(method, public.url + path, json=content)
+            assert response.status_code == 200, (path, response.text)
+    for method, path, content in managing:
+        response = asking.request(method, public.url + path, json=content)
+        assert response.status_code == 403, path
+    client = mlflow.MlflowClient()
+    assert client.get_model_version_by_alias("there", "production").current_stage == "Production"
+    assert last(public, user="editor", outcome="role")["status"] == 403
+
+
+@pytest.mark.parametrize("user", ["boss", "admin"])
+def test_admin_manages(public, user):
+    asking = public.session(user)
+    name = f"of_{user}"
+    for method, action, content in (
+        ("POST", "registered-models/create", {"name": name}),
+        ("DELETE", "registered-models/delete", {"name": name}),
+        ("POST", "users/create", {"username": name, "password": "a long password"}),
+        ("DELETE", "users/delete", {"username": name}),
+    ):
+        response = asking.request(method, f"{public.url}{API}/{action}", json=content)
+        assert response.status_code == 200, response.text
+
+
+def test_account_that_is_in_no_table_only_looks(public):
+    boss, password = public.session("boss"), "a long password"
+    account = {"username": "guest", "password": password}
+    assert boss.post(f"{public.url}{API}/users/create", json=account).status_code == 200
+    asking = public.session("guest", password)
+    assert look(asking, public) == [200] * 5
+    create = asking.post(f"{public.url}{API}/registered-models/create", json={"name": "guests"})
+    assert create.status_code == 403
+
+
+# --- the models --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def answering(public):
+    """A stand-in for a scoring server with a password of its own, as the gate finds it."""
+    asked = []
+
+    async def app(scope, receive, send):
+        if scope["type"] != "http":
+            return
+        body = (await receive())["body"]
+        asked.append((scope["path"], dict(scope["headers"]), body))
+        headers = [(b"content-type", b"application/json"), (b"x-model-version", b"7")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b'{"predictions": []}'})
+
+    access.stored_secret(public.workspace, access.SCORING)
+    state = public.workspace.scoring / background.STATE
+    with serve_here(app) as url:
+        me = psutil.Process()
+        here = background.Server(url, me.pid, me.create_time(), False)
+        state.parent.mkdir()
+        state.write_text(json.dumps(vars(here)))
+        yield asked
+        state.unlink()
+
+
+ASK = "/scoring/models/model_svm_rbf/invocations"
+
+
+@pytest.mark.parametrize("user", ["reader", "editor", "admin"])
+def test_every_user_may_ask_the_models_at_the_public_address(public, answering, user):
+    answer = public.session(user).post(f"{public.url}{ASK}", json={"instances": []})
+    assert answer.json() == {"predictions": []}
+    assert answer.headers["x-model-version"] == "7"
+    path, headers, body = answering[-1]
+    assert path == ASK.removeprefix("/scoring")
+    assert json.loads(body) == {"instances": []}
+    # The user's password stays here; the models' own goes on.
+    secret = access.stored_secret(public.workspace, access.SCORING)
+    assert headers[b"authorization"] == server_app.basic("client", secret)
+
+
+def test_nobody_asks_the_models_without_sign_in(public, answering):
+    before = len(answering)
+    assert public.session().post(f"{public.url}{ASK}", json={}).status_code == 401
+    wrong = public.session("reader", "a wrong password")
+    assert wrong.post(f"{public.url}{ASK}", json={}).status_code == 401
+    assert len(answering) == before
+
+
+def test_asking_the_models_is_in_the_activity_log(public, answering):
+    public.session("reader").post(f"{public.url}{ASK}", json={})
+    line = last(public, kind="prediction")
+    assert (line["user"], line["outcome"]) == ("reader", "ok")
+
+
+def test_scoring_server_that_does_not_run_is_said(public, answering):
+    state = public.workspace.scoring / background.STATE
+    kept = state.read_text()
+    state.unlink()
+    answer = public.session("reader").post(f"{public.url}{ASK}", json={})
+    state.write_text(kept)
+    assert answer.status_code == 503
+    assert "helpers.serving" in answer.text
+
+
+def test_cell_shows_the_public_address_of_the_models(public):
+    models = SimpleNamespace(url="http://127.0.0.1:5001", models={"model_svm_rbf": {}})
+    address = tunnel.show_models(public.workspace, models)
+    assert address.url == f"{public.url}/scoring"
+    assert "The models answer at" in repr(address)
+
+
+# --- attacks -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost.evil.example"]
+)
+def test_change_from_another_site_is_refused(public, origin):
+    asking = public.session("editor")
+    content = {"name": f"from {origin}"}
+    address = f"{public.url}{API}/experiments/create"
+    refused = asking.post(address, json=content, headers={"Origin": origin})
+    assert refused.status_code == 403
+    assert "cross-origin" in refused.text.lower()
+    assert last(public, outcome="origin")["path"] == f"{API}/experiments/create"
+    assert mlflow.MlflowClient().get_experiment_by_name(content["name"]) is None
+
+
+def test_change_from_a_page_of_the_server_itself_is_taken(public):
+    address = f"{public.url}{API}/experiments/create"
+    headers = {"Origin": public.url, "Sec-Fetch-Site": "same-origin"}
+    taken = public.session("editor").post(address, json={"name": "own page"}, headers=headers)
+    assert taken.status_code == 200
+
+
+def test_other_sites_may_not_read_answers(public):
+    headers = {"Origin": "https://evil.example"}
+    response = public.session("reader").get(f"{public.url}/version", headers=headers)
+    assert "access-control-allow-origin" not in response.headers
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../passwords.json",
+        "../../../passwords.json",
+        "%2e%2e/%2e%2e/passwords.json",
+        "..%2f..%2f..%2f..%2fpasswords.json",
+        "..%252f..%252fpasswords.json",
+        "....//....//passwords.json",
+        "/etc/passwd",
+        "//etc/passwd",
+        "file:///etc/passwd",
+        "..\\..\\passwords.json",
+        "\x00passwords.json",
+    ],
+)
+def test_no_file_outside_the_artifacts_is_given_out(public, path):
+    asking = public.session("admin")
+    plain = path.replace("\x00", "%00")
+    addresses = [
+        f"/get-artifact?run_uuid={public.run_id}&path={plain}",
+        f"/model-versions/get-artifact?name=there&version=1&path={plain}",
+        f"/api/2.0/mlflow-artifacts/artifacts/{plain}",
+        f"/ajax-api/2.0/mlflow-artifacts/artifacts/{public.experiment_id}/{plain}",
+        f"/static-files/{plain}",
+    ]
+    secret = access.stored_secret(public.workspace, access.NOTEBOOKS)
+    for address in addresses:
+        request = requests.Request("GET", public.url, auth=asking.auth).prepare()
+        request.url = public.url + address  # as it stands, without requests' tidying
+        settings = asking.merge_environment_settings(public.url, {}, None, None, None)
+        response = asking.send(request, **settings)
+        assert secret not in response.text
+        assert "root:" not in response.text
+        assert response.status_code != 200 or "<html" in response.text
+
+
+@pytest.mark.parametrize("place", ["file://{0}", "{0}", "file://localhost{0}"])
+def test_editor_who_points_artifacts_at_files_of_the_machine_sees_none(public, tmp_path, place):
+    (tmp_path / "private.txt").write_text("private words")
+    editor, place = public.session("editor"), place.format(tmp_path)
+    experiment = {"name": f"elsewhere {place}", "artifact_location": place}
+    made = editor.post(f"{public.url}{API}/experiments/create", json=experiment)
+    run = editor.post(f"{public.url}{API}/runs/create", json=made.json()).json()["run"]
+    assert str(tmp_path) in run["info"]["artifact_uri"]
+    run_id = run["info"]["run_id"]
+    listed = editor.get(f"{public.url}{API}/artifacts/list?run_id={run_id}&path=../..")
+    assert "private.txt" not in listed.text
+    editor.post(f"{public.url}{API}/registered-models/create", json={"name": "elsewhere"})
+    version = {"name": "elsewhere", "run_id": run_id, "source": place}
+    assert editor.post(f"{public.url}{API}/model-versions/create", json=version).status_code == 400
+    for path in ("private.txt", "../../private.txt", "%2e%2e/%2e%2e/private.txt"):
+        read = editor.get(f"{public.url}/get-artifact?run_uuid={run_id}&path={path}")
+        assert "private words" not in read.text
+
+
+@pytest.mark.parametrize("size", [20_000, 300_000])
+def test_header_that_is_too_long_does_not_stop_the_server(public, size):
+    asking = public.session("reader")
+    try:
+        status = asking.get(public.url, headers={"X-Long": "a" * size}).status_code
+    except requests.ConnectionError:
+        status = 431  # closed before the whole header was read
+    assert status in (200, 400, 431, 502)
+    assert size < 100_000 or status != 200
+    assert public.session("reader").get(public.url).status_code == 200
+
+
+def test_assistant_that_can_run_commands_is_not_offered_from_outside(public):
+    asking = public.session("admin")
+    address = f"{public.url}/ajax-api/3.0/mlflow/assistant/config"
+    for headers in ({}, {"X-Forwarded-For": "127.0.0.1"}):
+        assert asking.get(address, headers=headers).status_code == 403
+    assert last(public, outcome="blocked")["user"] == "admin"
+
+
+# --- the activity log --------------------------------------------------------------------------
+
+
+def test_log_says_who_did_what_from_where(public):
+    editor = public.session("editor")
+    headers = {"X-Forwarded-For": "203.0.113.99"}
+    address = f"{public.url}{API}/runs/log-metric"
+    editor.post(address, json=metric("seen", public), headers=headers)
+    line = last(public, user="editor", path=f"{API}/runs/log-metric")
+    assert (line["method"], line["status"], line["outcome"]) == ("POST", 200, "ok")
+    assert line["kind"] == "change"
+    assert line["host"] == public.host
+    assert line["duration"] > 0
+    # What a client claims to be forwarded for is not believed; the edge adds what it sees.
+    assert line["address"] == "127.0.0.1"
+
+
+def test_notebooks_own_requests_carry_their_name(public):
+    tracking.connect(public.workspace, keep=False)
+    mlflow.MlflowClient().search_experiments()
+    assert last(public, user="notebooks")["outcome"] == "ok"
+
+
+def test_summary_counts_what_was_turned_away(public):
+    before = activity.summarize_activity(settled(public)).reindex(
+        ["reader", "(none)"], fill_value=0
+    )
+    public.session("reader", "wrong password").get(public.url)
+    requests.get(public.local, headers={"Host": "evil.example"})
+    after = activity.summarize_activity(settled(public))
+    assert after.loc["reader", "rejected: sign-in"] == before.loc["reader", "rejected: sign-in"] + 1
+    assert after.loc["(none)", "rejected: host"] == before.loc["(none)", "rejected: host"] + 1
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+
+def test_token_and_passwords_are_in_no_file_and_no_process_listing(public, cloud):
+    secrets = [cloud.account.token, *json.loads(public.workspace.passwords.read_text()).values()]
+    assert len(secrets) >= 6
+    for path in public.workspace.root.rglob("*"):
+        if path.is_file() and path != public.workspace.passwords:
+            content = path.read_bytes()
+            assert not any(secret.encode() in content for secret in secrets), path
+    for process in psutil.process_iter(["cmdline"]):
+        line = " ".join(process.info["cmdline"] or [])
+        assert not any(secret in line for secret in secrets), process
+
+
+def test_password_of_the_store_is_a_hash(public):
+    assert b"scrypt:" in (public.workspace.server / "users.db").read_bytes()
+
+
+def test_notebook_signs_in_by_itself(public):
+    tracking.connect(public.workspace, keep=False)
+    with tracking.start_run("by itself", "one") as run:
+        mlflow.log_text("hello", "a.txt")
+    assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/a.txt") == "hello"
+
+
+def test_answers_are_not_interrupted_when_the_tunnels_name_changes(public):
+    account = ("editor", access.password_of(public.workspace, "editor"))
+    codes, stop = [], threading.Event()
+
+    def ask():
+        with requests.Session() as asking:
+            while not stop.is_set():
+                codes.append(asking.get(f"{public.local}/version", auth=account).status_code)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        for number in range(20):
+            before = len(codes)
+            access.change_rules(public.workspace, public=[public.host, f"x{number}.example"])
+            headers = {"Host": f"x{number}.example"}
+            answer = requests.get(f"{public.local}/version", headers=headers, auth=account)
+            assert answer.status_code == 200
+            # Two answers from here on: the second was asked for under the new rules.
+            while len(codes) < before + 2 and thread.is_alive():
+                time.sleep(0.01)
+    finally:
+        stop.set()
+        thread.join()
+    access.change_rules(public.workspace, public=[public.host])
+    assert len(codes) >= 40
+    assert set(codes) == {200}
+
+
+def test_team_server_is_named_and_nothing_is_exposed(public, workspace, monkeypatch):
+    monkeypatch.setenv(URI, "https://mlflow.example")
+    address = tunnel.show_ui(workspace, True)
+    assert address.url == "https://mlflow.example"
+    assert not workspace.server.exists()
