@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from helpers import colab
 from helpers.colab import safe_copy
+from helpers.colab import setup as colab
 from helpers.colab.safe_copy import SafeCopyError
 from helpers.workspace import PROJECT_ROOT, WorkspaceError, open_workspace
 from tests.doubles.colab import CONSTRAINTS, UV, ColabMachine, make_runtime, read_constraints
