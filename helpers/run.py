@@ -26,7 +26,7 @@ import psutil
 from helpers import server
 from helpers.display import STDERR
 from helpers.series import MODELS, STEPS
-from helpers.server import access
+from helpers.server import credentials
 from helpers.settings import SETTINGS, check_parameters
 from helpers.workspace import (
     PROJECT_ROOT,
@@ -513,7 +513,7 @@ def _exposed_ui(workspace, parameters, report):
     The notebooks find this tunnel; one that a notebook opens ends with its kernel.
     """
     expose = parameters.get("EXPOSE_UI", "auto")
-    if not expose or access.find_secret(access.NGROK_TOKEN) is None:
+    if not expose or credentials.find_secret(credentials.NGROK_TOKEN) is None:
         yield
         return
     from helpers.server import tunnel

@@ -35,7 +35,7 @@ from helpers.display import silenced_libraries
 from helpers.models import interface
 from helpers.models.evaluation import compute_metrics
 from helpers.models.interface import LiteNetwork
-from helpers.server import access, background
+from helpers.server import credentials, processes
 from helpers.workspace import ProjectError, in_colab
 
 INTERFACE = Path(interface.__file__)
@@ -74,7 +74,7 @@ def connect(workspace, keep=None):
 
     Raises
     ------
-    helpers.server.background.ServerError
+    helpers.server.processes.ServerError
         If the server does not answer or does not start.
     """
     global _workspace_id
@@ -88,8 +88,8 @@ def connect(workspace, keep=None):
     else:
         # MLflow sets the variable itself; here it means a server that the user named.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
-        os.environ[USER] = access.NOTEBOOKS
-        os.environ[PASSWORD] = access.stored_secret(workspace, access.NOTEBOOKS)
+        os.environ[USER] = credentials.NOTEBOOKS
+        os.environ[PASSWORD] = credentials.stored_secret(workspace, credentials.NOTEBOOKS)
     _quiet()
     close_abandoned_runs()
     return uri
@@ -97,7 +97,7 @@ def connect(workspace, keep=None):
 
 def _sign_out():
     """Forget the account of a workspace's server: a team's server has users of its own."""
-    if os.environ.get(USER) == access.NOTEBOOKS:
+    if os.environ.get(USER) == credentials.NOTEBOOKS:
         del os.environ[USER], os.environ[PASSWORD]
 
 
@@ -339,7 +339,7 @@ def close_abandoned_runs():
     closed = []
     for run in running:
         tags = run.data.tags
-        if not background.is_running(int(tags["process.pid"]), float(tags["process.created"])):
+        if not processes.is_running(int(tags["process.pid"]), float(tags["process.created"])):
             client.set_terminated(run.info.run_id, RunStatus.to_string(RunStatus.KILLED))
             closed.append(run.info.run_id)
     return closed
@@ -631,7 +631,7 @@ def log_model(split, preprocessing, model):
 def user_name(name=None):
     """Return who acts: `name`, else the user of a team's server, else the system user."""
     signed_in = os.environ.get(USER)
-    if name or (signed_in and signed_in != access.NOTEBOOKS):
+    if name or (signed_in and signed_in != credentials.NOTEBOOKS):
         return name or signed_in
     try:
         return getpass.getuser()

@@ -10,7 +10,7 @@ import mlflow
 import pytest
 import requests
 
-from helpers.server import access
+from helpers.server import credentials
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
     ONE_PAIR,
@@ -154,7 +154,7 @@ def public(done, cloud, tmp_path_factory):
 
 def test_reader_sees_the_ui_and_registers_nothing(public, cloud, tmp_path):
     workspace, url = public
-    password = access.password_of(workspace, "reader")
+    password = credentials.password_of(workspace, "reader")
     with walkthrough.browser_page(cloud, "reader", password) as page:
         way = walkthrough.Walk(page, url, tmp_path)
         way.open()
@@ -190,7 +190,7 @@ def test_browser_without_the_password_sees_nothing(public, cloud, user):
 def test_the_way_of_the_deployment_document(public, cloud, tmp_path):
     """Every step that the document describes, by hand, as an editor."""
     workspace, url = public
-    password = access.password_of(workspace, "editor")
+    password = credentials.password_of(workspace, "editor")
     with walkthrough.browser_page(cloud, "editor", password) as page:
         seen = walkthrough.walk(page, url, tmp_path)
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))

@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, ro
 
 from helpers import registry, run
 from helpers.data import load_split
-from helpers.server import background
+from helpers.server import processes
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
     METRICS,
@@ -150,7 +150,7 @@ def test_first_day_in_production_is_what_was_promoted(client, name):
 
 def test_no_server_is_left_after_a_batch_run(sample_run):
     workspace = open_workspace(sample_run[0])
-    assert background.read_state(workspace.scoring) is None
+    assert processes.read_state(workspace.scoring) is None
 
 
 def test_network_logs_its_losses_epoch_by_epoch(client):

@@ -24,7 +24,7 @@ from helpers.display import notice
 from helpers.models.evaluation import class_names, compute_metrics
 from helpers.monitoring.drift import DriftRule, column_drift, prediction_shift
 from helpers.registry.reference import calibration, make_reference
-from helpers.server import access
+from helpers.server import credentials
 from helpers.serving import ask, scored_rows
 from helpers.workspace import ProjectError, is_interactive, open_workspace
 
@@ -443,7 +443,7 @@ def _raise_alerts(workspace, entry, findings):
 
 
 def _call_webhook(title, entry, findings):
-    url = access.find_secret(access.ALERT_WEBHOOK)
+    url = credentials.find_secret(credentials.ALERT_WEBHOOK)
     if url is None:
         return
     content = {

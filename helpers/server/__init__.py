@@ -1,6 +1,6 @@
 """The local MLflow server: one process per workspace, found or started on demand.
 
-See `helpers.server.background` for who may stop it, and `helpers.server.app` for what runs in it.
+See `helpers.server.processes` for who may stop it, and `helpers.server.app` for what runs in it.
 """
 
 import argparse
@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from helpers.server import access
-from helpers.server.background import START_TIMEOUT, ServerError, Service, answers
+from helpers.server import credentials, users
+from helpers.server.processes import START_TIMEOUT, ServerError, Service, answers
 from helpers.workspace import ProjectError, open_workspace
 
 PORT = 5000
@@ -17,8 +17,8 @@ PORT = 5000
 
 def _service(workspace):
     # A Colab secret can be read in the notebook only.
-    password = access.find_secret(access.ADMIN_PASSWORD)
-    environment = {access.ADMIN_PASSWORD: password} if password else {}
+    password = credentials.find_secret(credentials.ADMIN_PASSWORD)
+    environment = {credentials.ADMIN_PASSWORD: password} if password else {}
     return Service(
         "MLflow server", "helpers.server.app", workspace.root, workspace.server, environment
     )
@@ -37,7 +37,7 @@ def start_server(workspace, port=PORT, keep=None):
 
     Returns
     -------
-    helpers.server.background.Server
+    helpers.server.processes.Server
     """
     return _service(workspace).start(port, keep)
 
@@ -47,14 +47,14 @@ def wait_until_ready(server, workspace, timeout=START_TIMEOUT):
 
     Parameters
     ----------
-    server : helpers.server.background.Server
+    server : helpers.server.processes.Server
     workspace : helpers.workspace.Workspace
     timeout : float
         Seconds.
 
     Raises
     ------
-    helpers.server.background.ServerError
+    helpers.server.processes.ServerError
         If it dies or does not answer in time; shows the end of its log.
     """
     _service(workspace).wait(server, timeout)
@@ -123,7 +123,7 @@ def start(workspace, keep=None):
 
     Raises
     ------
-    helpers.server.background.ServerError
+    helpers.server.processes.ServerError
         If it does not answer.
     """
     if os.environ.get("MLFLOW_TRACKING_URI"):
@@ -180,6 +180,6 @@ def main(arguments=None):
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     print(f"The MLflow UI is at {server.url}; stop it with: {command_line(workspace)} --stop")
-    if access.read_rules(workspace.access_rules).sign_in:
+    if users.read_rules(workspace.access_rules).sign_in:
         print(f"It was shown at a public address and asks for a password: {workspace.passwords}")
     return 0

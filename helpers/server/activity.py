@@ -9,7 +9,7 @@ import logging
 import re
 from logging.handlers import RotatingFileHandler
 
-from helpers.server.access import private
+from helpers.server.credentials import private
 
 MAX_BYTES = 5_000_000  # of one file, some 25,000 requests
 FILES = 5  # the current one and four older ones

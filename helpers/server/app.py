@@ -26,7 +26,7 @@ from urllib.parse import quote, urlsplit
 import anyio
 import requests
 
-from helpers.server import access, background, store
+from helpers.server import credentials, processes, store, users
 from helpers.server.activity import SCORING_PATH, ActivityLog, is_look
 from helpers.workspace import open_workspace
 
@@ -78,17 +78,17 @@ class RulesFile:
     """
 
     def __init__(self, path):
-        self._path, self._stamp, self._rules = path, None, access.CLOSED
+        self._path, self._stamp, self._rules = path, None, users.CLOSED
 
     def __call__(self):
-        """Return the `helpers.server.access.Rules` of this moment."""
+        """Return the `helpers.server.users.AccessRules` of this moment."""
         try:
             status = self._path.stat()
             stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
         except FileNotFoundError:
             stamp = "none"
         if stamp != self._stamp:
-            self._rules, self._stamp = access.read_rules(self._path), stamp
+            self._rules, self._stamp = users.read_rules(self._path), stamp
         return self._rules
 
 
@@ -137,7 +137,7 @@ class Gate:
     port : int
         Where the server listens.
     rules : callable
-        Returns the `helpers.server.access.Rules` of this moment.
+        Returns the `helpers.server.users.AccessRules` of this moment.
     passwords : Passwords
     notebooks : bytes
         Authorization header of the notebooks' account, with which requests of this machine
@@ -205,7 +205,7 @@ class Gate:
         if authorization is None and not open_to_it:
             raise _unauthorized("Sign in to see this MLflow server.")
         if authorization is None:
-            entry.user, authorization = access.LOCAL if not outside else None, self.notebooks
+            entry.user, authorization = users.LOCAL if not outside else None, self.notebooks
         else:
             await self._check_user(authorization, outside, rules, scope, entry)
         if outside and path.startswith(NOT_FROM_OUTSIDE):
@@ -273,7 +273,7 @@ class Scoring:
     """
 
     def __init__(self, find):
-        self._find, self._session = find, access.local_session()
+        self._find, self._session = find, users.local_session()
 
     async def __call__(self, scope, receive, send):
         """Handle one request as ASGI asks for it."""
@@ -456,14 +456,14 @@ def _configure_mlflow(workspace):
         # Whoever is signed in may change what is there; the gate keeps readers from it.
         "default_permission = EDIT\n"
         f"database_uri = sqlite:///{users}\n"
-        f"admin_username = {access.ADMIN}\n"
+        f"admin_username = {credentials.ADMIN}\n"
         f"auth_cache_ttl_seconds = {REMEMBER}\n",
         encoding="utf-8",
     )
     os.environ.update(
         MLFLOW_AUTH_CONFIG_PATH=str(config),
-        MLFLOW_AUTH_ADMIN_PASSWORD=access.password_of(workspace, access.ADMIN),
-        MLFLOW_FLASK_SERVER_SECRET_KEY=access.stored_secret(workspace, "cookie key"),
+        MLFLOW_AUTH_ADMIN_PASSWORD=credentials.password_of(workspace, credentials.ADMIN),
+        MLFLOW_FLASK_SERVER_SECRET_KEY=credentials.stored_secret(workspace, "cookie key"),
         # The job workers serve features of language-model evaluation; they only cost time here.
         MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         MLFLOW_DISABLE_TELEMETRY="true",
@@ -512,15 +512,17 @@ def create_app(workspace, port):
 
     logging.getLogger("mlflow.server.auth").setLevel(logging.ERROR)
     app = auth.create_app()
-    password = access.password_of(workspace, access.NOTEBOOKS)
-    _keep_password(auth.store, access.NOTEBOOKS, password, admin=True)
-    _keep_password(auth.store, access.ADMIN, os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"], admin=True)
+    password = credentials.password_of(workspace, credentials.NOTEBOOKS)
+    _keep_password(auth.store, credentials.NOTEBOOKS, password, admin=True)
+    _keep_password(
+        auth.store, credentials.ADMIN, os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"], admin=True
+    )
     return Gate(
         app,
         port,
         RulesFile(workspace.access_rules),
         Passwords(auth.store),
-        basic(access.NOTEBOOKS, password),
+        basic(credentials.NOTEBOOKS, password),
         ActivityLog(workspace.activity),
         Scoring(partial(_find_scoring, workspace)),
     )
@@ -528,20 +530,20 @@ def create_app(workspace, port):
 
 def _find_scoring(workspace):
     """Return address and password of the workspace's scoring server, each None without one."""
-    server = background.read_state(workspace.scoring)
+    server = processes.read_state(workspace.scoring)
     if server is None:
         return None, None
     url = server.url.replace("0.0.0.0", HOST)
-    return url, access.find_secret(access.SCORING_PASSWORD) or access.known_secret(
-        workspace, access.SCORING
+    return url, credentials.find_secret(credentials.SCORING_PASSWORD) or credentials.known_secret(
+        workspace, credentials.SCORING
     )
 
 
 def main(arguments=None):
     """Run the server in this process until it is ended."""
-    options = background.argument_parser("helpers.server.app", main.__doc__).parse_args(arguments)
+    options = processes.argument_parser("helpers.server.app", main.__doc__).parse_args(arguments)
     warnings.simplefilter("ignore")
-    background.serve(create_app(open_workspace(options.workspace), options.port), options)
+    processes.serve(create_app(open_workspace(options.workspace), options.port), options)
     return 0
 
 

@@ -3,7 +3,7 @@
 The steps of the original pyngrok cell stand in the notebooks: start the MLflow server on port
 5000, set the ngrok token, ``ngrok.connect(5000, "http")``, print the URL. `opening` surrounds
 them: the server asks for a password before the tunnel opens, and is told the tunnel's name once
-that is known (`helpers.server.access`, `helpers.server.app`); it answers under no other name.
+that is known (`helpers.server.users`, `helpers.server.app`); it answers under no other name.
 """
 
 import atexit
@@ -27,26 +27,26 @@ from pyngrok.exception import PyngrokError, PyngrokNgrokHTTPError, PyngrokNgrokI
 
 from helpers import server
 from helpers.display import notice, silenced_libraries
-from helpers.server import access, activity, background
+from helpers.server import activity, credentials, processes, users
 from helpers.settings import check_parameters
 from helpers.workspace import ProjectError, atomic_path, in_colab, is_interactive
 
 WHERE_TO_GET_A_TOKEN = (
     "Get a free token at https://dashboard.ngrok.com/get-started/your-authtoken. In Colab, put "
-    f"it into the Secrets panel (the key symbol on the left) under the name {access.NGROK_TOKEN} "
-    "and switch on 'Notebook access'; elsewhere, set the environment variable "
-    f"{access.NGROK_TOKEN}. Then run this cell again."
+    f"it into the Secrets panel (the key symbol on the left) under the name "
+    f"{credentials.NGROK_TOKEN} and switch on 'Notebook access'; elsewhere, set the environment "
+    f"variable {credentials.NGROK_TOKEN}. Then run this cell again."
 )
 
 # What to do about what ngrok reports; messages: https://ngrok.com/docs/errors
 ADVICE = {
     "ERR_NGROK_4018": f"ngrok wants the token of an account. {WHERE_TO_GET_A_TOKEN}",
     "ERR_NGROK_105": (
-        f"What {access.NGROK_TOKEN} holds is no ngrok token; perhaps only a part of it was "
+        f"What {credentials.NGROK_TOKEN} holds is no ngrok token; perhaps only a part of it was "
         f"copied, or an API key. {WHERE_TO_GET_A_TOKEN}"
     ),
     "ERR_NGROK_107": (
-        f"The token in {access.NGROK_TOKEN} is not valid (any more). {WHERE_TO_GET_A_TOKEN}"
+        f"The token in {credentials.NGROK_TOKEN} is not valid (any more). {WHERE_TO_GET_A_TOKEN}"
     ),
     "ERR_NGROK_108": (
         "Your ngrok account already has as many agents running as its plan allows (one, on the "
@@ -103,10 +103,10 @@ class Tunnel:
     @property
     def alive(self):
         """Whether the agent runs, and says that this address leads to the server's port."""
-        if not background.is_running(self.pid, self.created):
+        if not processes.is_running(self.pid, self.created):
             return False
         try:
-            answer = access.local_session().get(f"{self.api_url}/api/endpoints", timeout=5).json()
+            answer = users.local_session().get(f"{self.api_url}/api/endpoints", timeout=5).json()
         except (requests.RequestException, ValueError):
             return False
         return any(
@@ -163,9 +163,9 @@ class PublicUi(Address):
         super().__init__("")
         self.port, self.wanted = port, False
         self._workspace, self._expose, self._keep = workspace, expose, keep
-        self._roles = access.users_of_environment()
-        self._open_to_all = access.is_open_to_all()
-        self._domain = access.find_secret(access.NGROK_DOMAIN)
+        self._roles = users.users_of_environment()
+        self._open_to_all = users.is_open_to_all()
+        self._domain = credentials.find_secret(credentials.NGROK_DOMAIN)
         self._local = self._token = self._configuration = None
         self._block = ExitStack()  # what ends with the block
 
@@ -175,7 +175,7 @@ class PublicUi(Address):
             self.url, self.note = team, "It is your team's server; MLFLOW_TRACKING_URI names it."
             return self
         address = server.start(self._workspace, self._keep)
-        self._local = self.url = address.replace(background.HOST, "localhost")
+        self._local = self.url = address.replace(processes.HOST, "localhost")
         _forget_dead(self._workspace)
         if not self._expose:
             close_tunnel(self._workspace)
@@ -187,7 +187,7 @@ class PublicUi(Address):
         try:
             self._block.enter_context(_lock(self._workspace))
             self._prepare(address)
-        except (TunnelError, access.AccessError) as error:
+        except (TunnelError, credentials.AccessError) as error:
             self._block.close()
             self._stay_local(error)
         except BaseException:
@@ -250,8 +250,8 @@ class PublicUi(Address):
                 f"{cell}, stop the server ({server.command_line(workspace)} --stop), then run "
                 "this cell again."
             )
-        roles = access.set_up_users(workspace, address, self._roles)
-        access.change_rules(workspace, sign_in=True, without_password=self._open_to_all)
+        roles = users.set_up_users(workspace, address, self._roles)
+        users.change_rules(workspace, sign_in=True, without_password=self._open_to_all)
         self.note = self._who_may_sign_in(roles)
         self.wanted = tunnel is None
         if tunnel is not None:
@@ -261,7 +261,9 @@ class PublicUi(Address):
         if self._open_to_all:
             return "ANYONE who knows this address can see and change everything."
         names = ", ".join(f"{name} ({role})" for name, role in roles.items())
-        stored = [name for name in roles if access.find_secret(access.secret_name(name)) is None]
+        stored = [
+            name for name in roles if credentials.find_secret(credentials.secret_name(name)) is None
+        ]
         note = f"Sign in as {names}."
         if stored:
             passwords = self._workspace.passwords
@@ -280,7 +282,7 @@ class PublicUi(Address):
                 f"ui.url is {self.url}, no address of a tunnel to port {self.port}. Set it in the "
                 f'block: ui.url = ngrok.connect({self.port}, "http").public_url'
             )
-        access.change_rules(self._workspace, public=[tunnel.host])
+        users.change_rules(self._workspace, public=[tunnel.host])
         with atomic_path(_path(self._workspace)) as path:
             path.write_text(json.dumps(asdict(tunnel)), encoding="utf-8")
         atexit.register(_end_own, self._workspace, tunnel)
@@ -292,7 +294,7 @@ class PublicUi(Address):
     def _close(self):
         """End what the block opened; nobody on this machine needs to sign in for it."""
         ngrok.kill(_configuration())
-        access.change_rules(self._workspace, public=[], sign_in=False, without_password=False)
+        users.change_rules(self._workspace, public=[], sign_in=False, without_password=False)
 
     def _stay_local(self, reason):
         """Say where the UI is without a tunnel, or that it is an error that there is none."""
@@ -400,11 +402,11 @@ def close_tunnel(workspace):
 
 
 def _token(expose):
-    token = access.find_secret(access.NGROK_TOKEN) or _typed.get(access.NGROK_TOKEN)
+    token = credentials.find_secret(credentials.NGROK_TOKEN) or _typed.get(credentials.NGROK_TOKEN)
     # On a person's own machine the UI can be seen without a tunnel: no question is worth it.
     if token is None and (expose is True or in_colab()):
-        token = access.ask_secret(access.NGROK_TOKEN, WHERE_TO_GET_A_TOKEN)
-        _typed[access.NGROK_TOKEN] = token
+        token = credentials.ask_secret(credentials.NGROK_TOKEN, WHERE_TO_GET_A_TOKEN)
+        _typed[credentials.NGROK_TOKEN] = token
     return token
 
 
@@ -428,12 +430,12 @@ def _read(workspace):
 def _end(workspace, tunnel):
     """End a tunnel's agent, whichever process started it, and forget its name."""
     ngrok.kill(_configuration())
-    if background.is_running(tunnel.pid, tunnel.created):
+    if processes.is_running(tunnel.pid, tunnel.created):
         agent = psutil.Process(tunnel.pid)
         agent.terminate()
         psutil.wait_procs([agent], timeout=5)
     # Nobody on this machine needs to sign in any more.
-    access.change_rules(workspace, public=[], sign_in=False, without_password=False)
+    users.change_rules(workspace, public=[], sign_in=False, without_password=False)
     _path(workspace).unlink(missing_ok=True)
 
 
@@ -441,7 +443,7 @@ def _forget_dead(workspace):
     """Forget a tunnel whose agent is gone, as after a restart of the machine."""
     with _lock(workspace):
         tunnel = _read(workspace)
-        if tunnel is not None and not background.is_running(tunnel.pid, tunnel.created):
+        if tunnel is not None and not processes.is_running(tunnel.pid, tunnel.created):
             _end(workspace, tunnel)
 
 
@@ -476,7 +478,7 @@ def _agent_file(token, domain, port):
         content["endpoints"] = [definition]
     with tempfile.TemporaryDirectory(prefix="ngrok-") as folder:
         path = Path(folder) / "ngrok.yml"
-        with open(path, "w", encoding="utf-8", opener=access.private):
+        with open(path, "w", encoding="utf-8", opener=credentials.private):
             pass
         installer.install_default_config(str(path), content)
         yield str(path)
@@ -530,8 +532,8 @@ def explain_code(text, domain=None):
     advice = ADVICE.get(code)
     if advice is None and (domain or code in DOMAIN_CODES):
         advice = (
-            f"ngrok does not give you the domain {domain}, which {access.NGROK_DOMAIN} asks for. "
-            "Reserve it at https://dashboard.ngrok.com/domains, or do without that setting."
+            f"ngrok does not give you the domain {domain}, which {credentials.NGROK_DOMAIN} asks "
+            "for. Reserve it at https://dashboard.ngrok.com/domains, or do without that setting."
         )
     return f"{advice or 'ngrok refused to open the tunnel.'} ({code}, see {link})"
 
@@ -575,5 +577,5 @@ def _colab_proxy(workspace, url):
     port = int(url.rsplit(":", 1)[1])
     address = output.eval_js(f"google.colab.kernel.proxyPort({port})")
     if address:
-        access.change_rules(workspace, private=[urlsplit(address).netloc])
+        users.change_rules(workspace, private=[urlsplit(address).netloc])
     return address

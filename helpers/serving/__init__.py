@@ -22,7 +22,7 @@ import requests
 from helpers import registry, series, tracking
 from helpers.data import CsvChunks, DataError
 from helpers.display import notice, progress
-from helpers.server import access, background
+from helpers.server import credentials, processes, users
 from helpers.workspace import ProjectError, atomic_path, open_workspace
 
 PORT = 5001
@@ -71,7 +71,7 @@ class ScoringServer:
 
     def session(self):
         """Return a `requests.Session` that knows the password, if there is one."""
-        session = access.local_session()
+        session = users.local_session()
         if self.password is not None:
             session.auth = ("client", self.password)
         return session
@@ -92,7 +92,7 @@ class ScoringServer:
 # --- the process ------------------------------------------------------------------------------
 
 
-def service(workspace, host=background.HOST, record=True):
+def service(workspace, host=processes.HOST, record=True):
     """Return the scoring server of a workspace as a background service.
 
     Parameters
@@ -105,30 +105,30 @@ def service(workspace, host=background.HOST, record=True):
 
     Returns
     -------
-    helpers.server.background.Service
+    helpers.server.processes.Service
     """
     password = _password(workspace, host)
     arguments = () if record else ("--no-record",)
-    return background.Service(
+    return processes.Service(
         "scoring server",
         "helpers.serving.app",
         workspace.root,
         workspace.scoring,
-        {access.SCORING_PASSWORD: password} if password else {},
+        {credentials.SCORING_PASSWORD: password} if password else {},
         ("--host", host, *arguments),
         host,
     )
 
 
-def _password(workspace, host=background.HOST):
+def _password(workspace, host=processes.HOST):
     """Return the password of the models; nothing is on a network without one."""
-    password = access.find_secret(access.SCORING_PASSWORD)
-    if password is None and host != background.HOST:
-        return access.stored_secret(workspace, access.SCORING)
+    password = credentials.find_secret(credentials.SCORING_PASSWORD)
+    if password is None and host != processes.HOST:
+        return credentials.stored_secret(workspace, credentials.SCORING)
     return password
 
 
-def start(workspace, port=PORT, keep=None, host=background.HOST, record=True):
+def start(workspace, port=PORT, keep=None, host=processes.HOST, record=True):
     """Find the workspace's scoring server or start it, and wait until it answers.
 
     Parameters
@@ -159,7 +159,7 @@ def start(workspace, port=PORT, keep=None, host=background.HOST, record=True):
     process = service(workspace, host, record)
     server = process.start(port, keep)
     process.wait(server)
-    return connect(server.url.replace("0.0.0.0", background.HOST), _password(workspace, host))
+    return connect(server.url.replace("0.0.0.0", processes.HOST), _password(workspace, host))
 
 
 def connect(url, password=None):
@@ -442,7 +442,7 @@ def _parse(arguments):
         prog="python -m helpers.serving", description="Serve the models in Production."
     )
     parser.add_argument("--workspace", metavar="DIR", help="default: $WORKSPACE or ./workspace")
-    parser.add_argument("--host", default=background.HOST, help="0.0.0.0: for other machines, too")
+    parser.add_argument("--host", default=processes.HOST, help="0.0.0.0: for other machines, too")
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument("--stop", action="store_true", help="stop the server")
     parser.add_argument("--score", nargs=2, metavar=("IN.csv", "OUT"), help="score a file")
@@ -482,6 +482,9 @@ def main(arguments=None):
         print("\nInterrupted. The same command goes on from there.", file=sys.stderr)
         return 130
     print(server.table().to_string())
-    if server.password is not None and access.find_secret(access.SCORING_PASSWORD) is None:
+    if (
+        server.password is not None
+        and credentials.find_secret(credentials.SCORING_PASSWORD) is None
+    ):
         print(f"The password of the models is in {workspace.passwords}, under 'scoring'.")
     return 0

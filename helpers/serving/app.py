@@ -42,7 +42,7 @@ from starlette.routing import Route
 from helpers import registry, series, tracking
 from helpers.data import CSV_OPTIONS
 from helpers.models.interface import convert
-from helpers.server import access, background
+from helpers.server import credentials, processes
 from helpers.serving.scored_rows import Recorder
 from helpers.workspace import open_workspace
 
@@ -535,7 +535,7 @@ async def _on_bad_request(request, error):
 
 def main(arguments=None):
     """Run the scoring server in this process until it is ended."""
-    parser = background.argument_parser("helpers.serving.app", main.__doc__)
+    parser = processes.argument_parser("helpers.serving.app", main.__doc__)
     parser.add_argument("--no-record", action="store_true", help="keep no scored rows")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -552,10 +552,10 @@ def main(arguments=None):
     application = Application(
         models,
         None if options.no_record else Recorder(workspace.scored_rows),
-        access.find_secret(access.SCORING_PASSWORD),
+        credentials.find_secret(credentials.SCORING_PASSWORD),
         LOCAL_HOSTS if options.host in LOCAL_HOSTS else None,
     )
-    background.serve(application.starlette(), options)
+    processes.serve(application.starlette(), options)
     return 0
 
 

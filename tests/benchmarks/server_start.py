@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from helpers import server
-from helpers.server import background
+from helpers.server import processes
 from helpers.workspace import open_workspace
 
 PORT = 5600
@@ -47,7 +47,7 @@ def start_mlflow(folder, *options):
     start = time.perf_counter()
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    while not background.answers(f"http://127.0.0.1:{PORT}", timeout=1):
+    while not processes.answers(f"http://127.0.0.1:{PORT}", timeout=1):
         time.sleep(0.05)
     seconds = time.perf_counter() - start
     _end(process)
@@ -59,7 +59,7 @@ def start_ours(folder):
     workspace = open_workspace(folder)
     start = time.perf_counter()
     started = server.start_server(workspace, PORT, keep=False)
-    while not background.answers(started.url):
+    while not processes.answers(started.url):
         time.sleep(0.05)
     seconds = time.perf_counter() - start
     server.stop_server(workspace)

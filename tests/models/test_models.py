@@ -37,7 +37,7 @@ from helpers import data, tracking
 from helpers.models import cnn
 from helpers.models.evaluation import compute_metrics
 from helpers.models.interface import TabularPreprocessor, convert
-from helpers.server import access
+from helpers.server import credentials
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.cells import train_network
 from tests.conftest import split_table
@@ -526,7 +526,7 @@ def test_empty_tracking_uri_names_no_server(tracking_server, monkeypatch):
     monkeypatch.delenv(tracking.USER, raising=False)
     assert tracking.connect(tracking_server.workspace, keep=False) == tracking_server.url
     assert "MLFLOW_TRACKING_URI" not in os.environ
-    assert os.environ[tracking.USER] == access.NOTEBOOKS
+    assert os.environ[tracking.USER] == credentials.NOTEBOOKS
 
 
 def test_run_says_what_it_ran_on(logged):

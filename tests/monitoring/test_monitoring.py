@@ -18,7 +18,7 @@ from helpers import monitoring, plots, registry, series, tracking
 from helpers.models.interface import convert
 from helpers.monitoring import check_labelled, check_unlabelled, drift
 from helpers.registry.reference import _counts, make_reference
-from helpers.server import access
+from helpers.server import credentials
 from helpers.serving import scored_rows
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.scoring import fit_svm, log_svm, put_in_production
@@ -452,9 +452,9 @@ def test_command_ends_with_3_after_an_alert(tmp_path, promoted, running_server):
     labels.to_csv(tmp_path / "labels.csv", index=False)
     account = {
         "MLFLOW_TRACKING_URI": running_server.url,
-        "MLFLOW_TRACKING_USERNAME": access.NOTEBOOKS,
-        "MLFLOW_TRACKING_PASSWORD": access.stored_secret(
-            running_server.workspace, access.NOTEBOOKS
+        "MLFLOW_TRACKING_USERNAME": credentials.NOTEBOOKS,
+        "MLFLOW_TRACKING_PASSWORD": credentials.stored_secret(
+            running_server.workspace, credentials.NOTEBOOKS
         ),
     }
     command = [sys.executable, "-m", "helpers.monitoring", "--workspace", str(workspace.root)]

@@ -19,7 +19,7 @@ from helpers import data, registry, tracking
 from helpers.models.evaluation import compute_metrics, majority_baseline
 from helpers.models.interface import TabularPreprocessor
 from helpers.registry import Candidate, Rules, behaviour, robustness
-from helpers.server import access
+from helpers.server import credentials, users
 from helpers.workspace import MissingStepError
 from tests.conftest import split_table
 from tests.scoring import fit_svm
@@ -457,11 +457,11 @@ def test_history_says_who_when_from_to_why_and_how_good(name, shop):
 def test_who_promotes_is_the_mlflow_user_where_nobody_is_named(
     name, shop, tracking_server, monkeypatch
 ):
-    users = access.parse_users(["ana:editor"])
-    access.set_up_users(tracking_server.workspace, tracking_server.url, users)
+    roles = users.parse_users(["ana:editor"])
+    users.set_up_users(tracking_server.workspace, tracking_server.url, roles)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ana")
     monkeypatch.setenv(
-        "MLFLOW_TRACKING_PASSWORD", access.stored_secret(tracking_server.workspace, "ana")
+        "MLFLOW_TRACKING_PASSWORD", credentials.stored_secret(tracking_server.workspace, "ana")
     )
     register_all(name, shop, shop.good[:1])
     registry.promote(name, 1, "first")

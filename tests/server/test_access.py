@@ -9,8 +9,9 @@ import psutil
 import pytest
 
 from helpers import plots
-from helpers.server import access, activity
-from helpers.server.access import AccessError, Rules
+from helpers.server import activity, credentials, users
+from helpers.server.credentials import AccessError
+from helpers.server.users import AccessRules
 from helpers.settings import check_parameters
 from helpers.workspace import ParameterError
 
@@ -60,22 +61,22 @@ def colab(monkeypatch):
 
 def test_colab_secret_wins_over_the_environment(colab, monkeypatch):
     monkeypatch.setenv("NGROK_AUTHTOKEN", "from the environment")
-    assert access.find_secret("NGROK_AUTHTOKEN") == "from the environment"
+    assert credentials.find_secret("NGROK_AUTHTOKEN") == "from the environment"
     colab(NGROK_AUTHTOKEN=TOKEN)
-    assert access.find_secret("NGROK_AUTHTOKEN") == TOKEN
+    assert credentials.find_secret("NGROK_AUTHTOKEN") == TOKEN
 
 
 def test_secret_that_colab_does_not_know_is_looked_for_in_the_environment(colab, monkeypatch):
     colab()
-    assert access.find_secret("NGROK_AUTHTOKEN") is None
+    assert credentials.find_secret("NGROK_AUTHTOKEN") is None
     monkeypatch.setenv("NGROK_AUTHTOKEN", f" {TOKEN}\n")
-    assert access.find_secret("NGROK_AUTHTOKEN") == TOKEN
+    assert credentials.find_secret("NGROK_AUTHTOKEN") == TOKEN
 
 
 def test_batch_run_in_colab_asks_the_environment_alone(colab, monkeypatch):
     colab(NGROK_AUTHTOKEN="of the front end")
-    monkeypatch.setattr(access, "is_batch", lambda: True)
-    assert access.find_secret("NGROK_AUTHTOKEN") is None
+    monkeypatch.setattr(credentials, "is_batch", lambda: True)
+    assert credentials.find_secret("NGROK_AUTHTOKEN") is None
 
 
 def test_front_end_that_does_not_answer_has_no_secrets(colab, monkeypatch):
@@ -87,50 +88,50 @@ def test_front_end_that_does_not_answer_has_no_secrets(colab, monkeypatch):
         raise TimeoutError(name)
 
     monkeypatch.setattr(userdata, "get", get)
-    assert access.find_secret("NGROK_AUTHTOKEN") is None
+    assert credentials.find_secret("NGROK_AUTHTOKEN") is None
 
 
 def test_colab_secret_that_the_notebook_may_not_read_is_said(colab, capsys):
     colab(NGROK_AUTHTOKEN=None)
-    assert access.find_secret("NGROK_AUTHTOKEN") is None
+    assert credentials.find_secret("NGROK_AUTHTOKEN") is None
     shown = capsys.readouterr().out
     assert "NGROK_AUTHTOKEN" in shown
     assert "Notebook access" in shown
 
 
 def test_nobody_is_asked_where_nobody_can_answer(capsys):
-    assert access.ask_secret("NGROK_AUTHTOKEN", "Get one.") is None
+    assert credentials.ask_secret("NGROK_AUTHTOKEN", "Get one.") is None
     assert capsys.readouterr().out == ""
 
 
 def test_made_password_is_long_kept_and_readable_by_its_owner_only(workspace):
-    made = access.password_of(workspace, "ana")
+    made = credentials.password_of(workspace, "ana")
     assert len(made) >= 20
-    assert access.password_of(workspace, "ana") == made
-    assert access.password_of(workspace, "luis") != made
+    assert credentials.password_of(workspace, "ana") == made
+    assert credentials.password_of(workspace, "luis") != made
     assert mode(workspace.passwords) == 0o600
     assert json.loads(workspace.passwords.read_text())["ana"] == made
 
 
 def test_password_from_a_secret_is_used_and_not_written_down(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_PASSWORD_ANA_MARIA", "correct horse battery")
-    assert access.password_of(workspace, "ana-maria") == "correct horse battery"
+    assert credentials.password_of(workspace, "ana-maria") == "correct horse battery"
     monkeypatch.setenv("MLFLOW_AUTH_ADMIN_PASSWORD", "another long password")
-    assert access.password_of(workspace, "admin") == "another long password"
+    assert credentials.password_of(workspace, "admin") == "another long password"
     assert not workspace.passwords.exists()
 
 
 def test_password_that_is_too_short_is_refused_by_name(workspace, monkeypatch):
     monkeypatch.setenv("MLFLOW_PASSWORD_ANA", "short")
     with pytest.raises(AccessError, match="MLFLOW_PASSWORD_ANA is too short") as caught:
-        access.password_of(workspace, "ana")
+        credentials.password_of(workspace, "ana")
     assert "'short'" not in str(caught.value)
 
 
 def test_passwords_made_at_the_same_time_are_all_kept(workspace):
     names = [f"user{number}" for number in range(20)]
     threads = [
-        threading.Thread(target=access.password_of, args=(workspace, name)) for name in names
+        threading.Thread(target=credentials.password_of, args=(workspace, name)) for name in names
     ]
     for thread in threads:
         thread.start()
@@ -143,7 +144,7 @@ def test_passwords_made_at_the_same_time_are_all_kept(workspace):
 
 
 def test_table_of_users_is_read_and_always_has_the_admin():
-    assert access.parse_users(["ana:reader", " luis : editor "]) == {
+    assert users.parse_users(["ana:reader", " luis : editor "]) == {
         "admin": "admin",
         "ana": "reader",
         "luis": "editor",
@@ -156,7 +157,7 @@ def test_table_of_users_is_read_and_always_has_the_admin():
 )
 def test_entry_that_is_no_user_is_refused_with_the_roles(entry):
     with pytest.raises(ParameterError, match="reader, editor, admin"):
-        access.parse_users([entry])
+        users.parse_users([entry])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_entry_that_is_no_user_is_refused_with_the_roles(entry):
 )
 def test_user_that_the_series_needs_or_named_twice_is_refused(entries):
     with pytest.raises(ParameterError, match="UI_USERS"):
-        access.parse_users(entries)
+        users.parse_users(entries)
 
 
 @pytest.mark.parametrize("value", ["auto", True, False])
@@ -183,45 +184,45 @@ def test_other_value_of_expose_ui_is_refused_with_those_allowed(value):
 def test_users_are_named_in_the_environment(monkeypatch, text):
     monkeypatch.setenv("UI_USERS", text)
     expected = {"admin": "admin", "ana": "reader", "luis": "editor"}
-    assert access.users_of_environment() == expected
+    assert users.users_of_environment() == expected
 
 
 def test_without_the_setting_the_users_stay_as_they_are(monkeypatch):
     monkeypatch.setenv("UI_USERS", " ")
-    assert access.users_of_environment() is None
+    assert users.users_of_environment() is None
 
 
 @pytest.mark.parametrize("text", ["[broken", "[1]", "ana"])
 def test_users_that_cannot_be_read_are_refused(monkeypatch, text):
     monkeypatch.setenv("UI_USERS", text)
     with pytest.raises(ParameterError, match="UI_USERS"):
-        access.users_of_environment()
+        users.users_of_environment()
 
 
 def test_everyone_is_let_in_only_where_that_is_said_clearly(monkeypatch):
     said = {"": False, "0": False, "False": False, "1": True, "true": True}
     for text, expected in said.items():
         monkeypatch.setenv("ALLOW_UI_WITHOUT_PASSWORD", text)
-        assert access.is_open_to_all() is expected
+        assert users.is_open_to_all() is expected
     monkeypatch.setenv("ALLOW_UI_WITHOUT_PASSWORD", "perhaps")
     with pytest.raises(ParameterError, match="ALLOW_UI_WITHOUT_PASSWORD must be true or false"):
-        access.is_open_to_all()
+        users.is_open_to_all()
 
 
 def test_rules_are_kept_and_changed_one_by_one(workspace):
-    assert access.read_rules(workspace.access_rules) == Rules()
-    access.change_rules(workspace, public=["a.example"])
-    access.change_rules(workspace, sign_in=True)
-    rules = access.read_rules(workspace.access_rules)
-    assert rules == Rules(sign_in=True, public=["a.example"])
+    assert users.read_rules(workspace.access_rules) == AccessRules()
+    users.change_rules(workspace, public=["a.example"])
+    users.change_rules(workspace, sign_in=True)
+    rules = users.read_rules(workspace.access_rules)
+    assert rules == AccessRules(sign_in=True, public=["a.example"])
     assert mode(workspace.access_rules) == 0o600
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"sign_in": false, "extra": 1}'])
 def test_rules_that_cannot_be_read_admit_nobody_without_a_password(workspace, content):
-    access.change_rules(workspace, public=["a.example"], without_password=True)
+    users.change_rules(workspace, public=["a.example"], without_password=True)
     workspace.access_rules.write_text(content)
-    rules = access.read_rules(workspace.access_rules)
+    rules = users.read_rules(workspace.access_rules)
     assert rules.sign_in
     assert not rules.public
     assert not rules.without_password

@@ -17,7 +17,7 @@ import requests
 from mlflow.server.handlers import get_endpoints
 
 from helpers import tracking
-from helpers.server import access, activity, background, tunnel
+from helpers.server import activity, credentials, processes, tunnel, users
 from helpers.server import app as server_app
 from helpers.workspace import open_workspace
 from tests.conftest import URI
@@ -50,7 +50,7 @@ def public(cloud, tmp_path_factory, _no_team_server):
             asking.verify = str(cloud.ca_file)
             asking.headers["ngrok-skip-browser-warning"] = "1"
             if user:
-                asking.auth = (user, password or access.password_of(workspace, user))
+                asking.auth = (user, password or credentials.password_of(workspace, user))
             return asking
 
         yield SimpleNamespace(
@@ -68,7 +68,7 @@ def public(cloud, tmp_path_factory, _no_team_server):
 @pytest.fixture(autouse=True)
 def _server_survives(public):
     yield
-    assert background.answers(public.local)
+    assert processes.answers(public.local)
 
 
 def settled(public):
@@ -130,7 +130,7 @@ def test_no_page_and_no_api_without_sign_in(public, account):
 
 
 def test_password_of_another_user_is_refused(public):
-    asking = public.session("editor", access.password_of(public.workspace, "reader"))
+    asking = public.session("editor", credentials.password_of(public.workspace, "reader"))
     assert asking.get(public.url).status_code == 401
 
 
@@ -143,7 +143,7 @@ def test_sign_in_of_another_kind_is_refused(public, header):
 
 
 def test_guessing_a_password_is_stopped_for_that_user_and_address_only(public):
-    password = access.password_of(public.workspace, "reader")
+    password = credentials.password_of(public.workspace, "reader")
 
     def guess(address, user, word="guess"):
         headers = {"X-Forwarded-For": address, "Host": public.host}
@@ -173,7 +173,7 @@ def test_guessing_a_password_is_stopped_for_that_user_and_address_only(public):
 )
 @pytest.mark.parametrize("path", ["/", "/health", f"{API}/experiments/search?max_results=1"])
 def test_wrong_host_is_refused(public, host, path):
-    account = ("editor", access.password_of(public.workspace, "editor"))
+    account = ("editor", credentials.password_of(public.workspace, "editor"))
     response = requests.get(public.local + path, headers={"Host": host}, auth=account)
     assert response.status_code == 403
     assert "Host" in response.text
@@ -189,7 +189,7 @@ def test_two_hosts_in_one_request_are_refused(public):
 
 
 def test_the_tunnel_and_this_machine_are_admitted_under_their_names(public):
-    account = ("editor", access.password_of(public.workspace, "editor"))
+    account = ("editor", credentials.password_of(public.workspace, "editor"))
     port = public.local.rsplit(":", 1)[1]
     for host in (public.host, f"localhost:{port}", f"127.0.0.1:{port}", f"LOCALHOST:{port}"):
         answer = requests.get(f"{public.local}/version", headers={"Host": host}, auth=account)
@@ -323,11 +323,11 @@ def answering(public):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b'{"predictions": []}'})
 
-    access.stored_secret(public.workspace, access.SCORING)
-    state = public.workspace.scoring / background.STATE
+    credentials.stored_secret(public.workspace, credentials.SCORING)
+    state = public.workspace.scoring / processes.STATE
     with serve_here(app) as url:
         me = psutil.Process()
-        here = background.Server(url, me.pid, me.create_time(), False)
+        here = processes.Server(url, me.pid, me.create_time(), False)
         state.parent.mkdir()
         state.write_text(json.dumps(vars(here)))
         yield asked
@@ -346,7 +346,7 @@ def test_every_user_may_ask_the_models_at_the_public_address(public, answering, 
     assert path == ASK.removeprefix("/scoring")
     assert json.loads(body) == {"instances": []}
     # The user's password stays here; the models' own goes on.
-    secret = access.stored_secret(public.workspace, access.SCORING)
+    secret = credentials.stored_secret(public.workspace, credentials.SCORING)
     assert headers[b"authorization"] == server_app.basic("client", secret)
 
 
@@ -365,7 +365,7 @@ def test_asking_the_models_is_in_the_activity_log(public, answering):
 
 
 def test_scoring_server_that_does_not_run_is_said(public, answering):
-    state = public.workspace.scoring / background.STATE
+    state = public.workspace.scoring / processes.STATE
     kept = state.read_text()
     state.unlink()
     answer = public.session("reader").post(f"{public.url}{ASK}", json={})
@@ -437,7 +437,7 @@ def test_no_file_outside_the_artifacts_is_given_out(public, path):
         f"/ajax-api/2.0/mlflow-artifacts/artifacts/{public.experiment_id}/{plain}",
         f"/static-files/{plain}",
     ]
-    secret = access.stored_secret(public.workspace, access.NOTEBOOKS)
+    secret = credentials.stored_secret(public.workspace, credentials.NOTEBOOKS)
     for address in addresses:
         request = requests.Request("GET", public.url, auth=asking.auth).prepare()
         request.url = public.url + address  # as it stands, without requests' tidying
@@ -548,7 +548,7 @@ def test_notebook_signs_in_by_itself(public):
 
 
 def test_answers_are_not_interrupted_when_the_tunnels_name_changes(public):
-    account = ("editor", access.password_of(public.workspace, "editor"))
+    account = ("editor", credentials.password_of(public.workspace, "editor"))
     codes, stop = [], threading.Event()
 
     def ask():
@@ -561,7 +561,7 @@ def test_answers_are_not_interrupted_when_the_tunnels_name_changes(public):
     try:
         for number in range(20):
             before = len(codes)
-            access.change_rules(public.workspace, public=[public.host, f"x{number}.example"])
+            users.change_rules(public.workspace, public=[public.host, f"x{number}.example"])
             headers = {"Host": f"x{number}.example"}
             answer = requests.get(f"{public.local}/version", headers=headers, auth=account)
             assert answer.status_code == 200
@@ -571,7 +571,7 @@ def test_answers_are_not_interrupted_when_the_tunnels_name_changes(public):
     finally:
         stop.set()
         thread.join()
-    access.change_rules(public.workspace, public=[public.host])
+    users.change_rules(public.workspace, public=[public.host])
     assert len(codes) >= 40
     assert set(codes) == {200}
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from helpers import server, tracking
-from helpers.server import background
-from helpers.server.background import ServerError
+from helpers.server import processes
+from helpers.server.processes import ServerError
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import wait_for
 
@@ -41,7 +41,7 @@ def python(code, *arguments, **options):
 @pytest.fixture
 def taken_port():
     with socket.socket() as other:
-        other.bind((background.HOST, 0))
+        other.bind((processes.HOST, 0))
         other.listen()
         yield other.getsockname()[1]
 
@@ -69,18 +69,18 @@ def test_other_process_finds_the_same_server(running_server):
     client = python(code, running_server.workspace.root)
     shown, _ = client.communicate(timeout=120)
     assert shown.splitlines()[-1] == running_server.url
-    assert background.answers(running_server.url)
+    assert processes.answers(running_server.url)
 
 
 def test_running_server_answers_and_nothing_else_does(running_server, taken_port):
-    assert background.answers(running_server.url)
-    assert not background.answers(f"http://127.0.0.1:{taken_port}", timeout=0.2)
-    assert not background.answers("no address")
-    assert not background.answers("http://[no address")
+    assert processes.answers(running_server.url)
+    assert not processes.answers(f"http://127.0.0.1:{taken_port}", timeout=0.2)
+    assert not processes.answers("no address")
+    assert not processes.answers("http://[no address")
 
 
 def test_server_of_another_kind_is_no_mlflow_server():
-    with socket.create_server((background.HOST, 0)) as other:
+    with socket.create_server((processes.HOST, 0)) as other:
 
         def greet():
             connection, _ = other.accept()
@@ -90,7 +90,7 @@ def test_server_of_another_kind_is_no_mlflow_server():
 
         thread = threading.Thread(target=greet)
         thread.start()
-        assert not background.answers(f"http://{background.HOST}:{other.getsockname()[1]}")
+        assert not processes.answers(f"http://{processes.HOST}:{other.getsockname()[1]}")
         thread.join(timeout=10)
 
 
@@ -158,14 +158,14 @@ def test_server_that_stays_silent_is_reported_with_its_log(own_workspace, taken_
     (own_workspace.server).mkdir()
     (own_workspace.server / "log.txt").write_text("first line\nlast line\n")
     me = psutil.Process()
-    silent = background.Server(f"http://127.0.0.1:{taken_port}", me.pid, me.create_time(), False)
+    silent = processes.Server(f"http://127.0.0.1:{taken_port}", me.pid, me.create_time(), False)
     with pytest.raises(ServerError, match="is silent.*\n.*\nlast line"):
         server.wait_until_ready(silent, own_workspace, timeout=0.1)
 
 
 def test_named_server_that_does_not_answer_is_refused_by_name(workspace, taken_port, monkeypatch):
     with socket.socket() as probe:
-        probe.bind((background.HOST, 0))
+        probe.bind((processes.HOST, 0))
         uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ServerError, match=f"MLFLOW_TRACKING_URI = {uri}"):
@@ -223,9 +223,9 @@ def leave(user):
 
 def test_server_stops_when_the_only_process_that_used_it_ends(own_workspace):
     user, pid, created = start_user(own_workspace)
-    assert background.is_running(pid, created)
+    assert processes.is_running(pid, created)
     leave(user)
-    assert wait_for(lambda: not background.is_running(pid, created))
+    assert wait_for(lambda: not processes.is_running(pid, created))
 
 
 def test_server_stays_until_the_last_process_that_uses_it_ends(own_workspace):
@@ -233,9 +233,9 @@ def test_server_stays_until_the_last_process_that_uses_it_ends(own_workspace):
     second, same, _ = start_user(own_workspace)
     assert same == pid
     leave(first)
-    assert background.is_running(pid, created)
+    assert processes.is_running(pid, created)
     leave(second)
-    assert wait_for(lambda: not background.is_running(pid, created))
+    assert wait_for(lambda: not processes.is_running(pid, created))
 
 
 def test_lease_of_a_killed_process_does_not_keep_the_server(own_workspace):
@@ -243,9 +243,9 @@ def test_lease_of_a_killed_process_does_not_keep_the_server(own_workspace):
     second, _, _ = start_user(own_workspace)
     first.kill()
     first.communicate()
-    assert background.is_running(pid, created)
+    assert processes.is_running(pid, created)
     leave(second)
-    assert wait_for(lambda: not background.is_running(pid, created))
+    assert wait_for(lambda: not processes.is_running(pid, created))
 
 
 def test_server_that_a_person_started_goes_on_after_the_process(own_workspace):
@@ -254,9 +254,9 @@ def test_server_that_a_person_started_goes_on_after_the_process(own_workspace):
     batch, same, _ = start_user(own_workspace)
     assert same == pid
     leave(batch)
-    assert background.is_running(pid, created)
+    assert processes.is_running(pid, created)
     assert server.stop_server(own_workspace)
-    assert wait_for(lambda: not background.is_running(pid, created))
+    assert wait_for(lambda: not processes.is_running(pid, created))
 
 
 # --- how runs end ------------------------------------------------------------------------------

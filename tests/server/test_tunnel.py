@@ -19,8 +19,8 @@ from pyngrok import conf as pyngrok_conf
 from pyngrok import ngrok as pyngrok
 
 from helpers import server
-from helpers.server import access, background, tunnel
-from helpers.server.access import AccessError
+from helpers.server import credentials, processes, tunnel, users
+from helpers.server.credentials import AccessError
 from helpers.server.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.doubles.ngrok import NgrokCloud, paid_account
@@ -74,7 +74,7 @@ def test_public_address_leads_to_the_server_behind_a_password(served, ngrok, sho
     assert re.fullmatch(r"https://[\w-]+\.ngrok-free\.app", address.url)
     assert ngrok.endpoints == [address.url]
     assert outside(address.url).status_code == 401
-    account = ("reader", access.password_of(served, "reader"))
+    account = ("reader", credentials.password_of(served, "reader"))
     page = outside(address.url, "/", auth=account)
     assert page.status_code == 200
     assert "<title>MLflow" in page.text
@@ -125,7 +125,7 @@ def test_false_closes_the_tunnel(served, ngrok, shown):
     assert wait_for(lambda: not ngrok.endpoints)
     assert not agents()
     assert outside(address.url).headers["Ngrok-Error-Code"] == "ERR_NGROK_3200"
-    assert access.read_rules(served.access_rules).public == []
+    assert users.read_rules(served.access_rules).public == []
     assert tunnel.close_tunnel(served) is False
 
 
@@ -141,7 +141,7 @@ def test_tunnel_ends_with_the_process_that_opened_it(served, ngrok):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert "https://" in done.stdout, done.stderr
     assert wait_for(lambda: not ngrok.endpoints)
-    assert access.read_rules(served.access_rules).public == []
+    assert users.read_rules(served.access_rules).public == []
 
 
 def test_interrupt_of_the_notebook_does_not_end_the_tunnel(ngrok, shown):
@@ -213,7 +213,7 @@ def test_cell_as_it_stands_in_the_notebooks(served, ngrok, port, capsys):
 def test_plain_connect_without_any_helper(served, ngrok, port):
     url = pyngrok.connect(port, "http").public_url
     assert refused(url)
-    assert access.read_rules(served.access_rules).public == []
+    assert users.read_rules(served.access_rules).public == []
 
 
 def test_block_without_its_token(served, ngrok, port):
@@ -225,7 +225,7 @@ def test_block_without_its_token(served, ngrok, port):
         url = ui.url
         assert refused(url)
     assert wait_for(lambda: not ngrok.endpoints)
-    assert access.read_rules(served.access_rules).public == []
+    assert users.read_rules(served.access_rules).public == []
 
 
 def test_block_that_does_not_say_its_address(served, ngrok, port, capsys):
@@ -271,7 +271,7 @@ def test_other_error_in_the_block_stays_what_it_is(served, ngrok, port):
         pyngrok.connect(port, "http")
         raise NameError("a typing mistake")
     assert wait_for(lambda: not ngrok.endpoints)
-    assert not access.read_rules(served.access_rules).sign_in
+    assert not users.read_rules(served.access_rules).sign_in
 
 
 # --- what goes wrong on the way ----------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_taken_port_is_said_and_the_tunnel_leads_to_the_other(workspace, ngrok, 
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            other.bind((background.HOST, server.PORT))
+            other.bind((processes.HOST, server.PORT))
             other.listen()
         except OSError:
             pass  # something else has it already, which is as good
@@ -513,7 +513,7 @@ def test_open_ui_is_only_open_where_it_was_asked_for(served, ngrok, shown, monke
 def test_users_come_and_go_with_their_table(served, shown, monkeypatch):
     monkeypatch.setenv("UI_USERS", '["ana:reader", "luis:editor"]')
     address = shown()
-    ana = ("ana", access.password_of(served, "ana"))
+    ana = ("ana", credentials.password_of(served, "ana"))
     assert outside(address.url, "/version", auth=ana).status_code == 200
     monkeypatch.delenv("UI_USERS")
     assert "ana (reader), luis (editor)" in repr(shown())  # not set: as before
@@ -525,7 +525,7 @@ def test_users_come_and_go_with_their_table(served, shown, monkeypatch):
 def test_new_password_in_a_secret_takes_the_place_of_the_old(served, shown, monkeypatch):
     monkeypatch.setenv("UI_USERS", "eva:reader")
     address = shown()
-    old = access.password_of(served, "eva")
+    old = credentials.password_of(served, "eva")
     monkeypatch.setenv("MLFLOW_PASSWORD_EVA", "a new long password")
     note = repr(shown())
     assert outside(address.url, "/", auth=("eva", "a new long password")).status_code == 200
@@ -645,7 +645,7 @@ def test_colab_without_a_token_offers_colabs_own_proxy(served, front_end):
     assert seen.status_code == 200
     foreign = {**headers, "Origin": "https://evil.example"}
     assert requests.post(search, json={"max_results": 1}, headers=foreign).status_code == 403
-    access.change_rules(served, private=[])
+    users.change_rules(served, private=[])
 
 
 def test_the_notebooks_kernel_ends_the_tunnel_with_itself(served, ngrok, front_end):

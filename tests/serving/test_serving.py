@@ -22,7 +22,7 @@ from mlflow.pyfunc.scoring_server.client import ScoringServerClient
 
 from helpers import registry, series, serving, tracking
 from helpers.data import DataError
-from helpers.server import background
+from helpers.server import processes
 from helpers.serving import app as serving_app
 from helpers.serving import scored_rows
 from helpers.workspace import PROJECT_ROOT, MissingStepError, open_workspace
@@ -440,15 +440,15 @@ def refused(served):
 
 @pytest.mark.slow
 def test_killed_server_is_started_again_with_nothing_lost(served):
-    process = background.read_state(served.workspace.scoring)
+    process = processes.read_state(served.workspace.scoring)
     answer = serving.ask(served.server, SVM, served.split.X_test.head(3))
     assert scored_rows.wait_for(served.workspace.scored_rows, answer.index[-1])
     psutil.Process(process.pid).send_signal(signal.SIGKILL)
-    assert wait_for(lambda: background.read_state(served.workspace.scoring) is None)
+    assert wait_for(lambda: processes.read_state(served.workspace.scoring) is None)
     with pytest.raises(serving.ServingError, match="does not answer"):
         serving.ask(served.server, SVM, served.split.X_test.head(1))
     again = serving.start(served.workspace, keep=False)
-    assert background.read_state(served.workspace.scoring).pid != process.pid
+    assert processes.read_state(served.workspace.scoring).pid != process.pid
     assert len(serving.ask(again, SVM, served.split.X_test.head(3))) == 3
     with sqlite3.connect(served.workspace.scored_rows) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

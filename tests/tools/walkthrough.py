@@ -18,7 +18,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from helpers import server
-from helpers.server import access, tunnel
+from helpers.server import credentials, tunnel
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.doubles.ngrok import NgrokCloud
 from tests.series import run_series
@@ -287,7 +287,7 @@ def main(arguments=None):
         if done.returncode:
             return 1
         with NgrokCloud() as cloud, exposed(workspace, cloud, Path(temporary)) as address:
-            password = access.password_of(workspace, "editor")
+            password = credentials.password_of(workspace, "editor")
             with browser_page(cloud, "editor", password) as page:
                 walk(page, address.url, options.images)
     # The stand-in's page is not what ngrok shows.
