@@ -847,23 +847,6 @@ def test_production_whose_training_rows_are_not_known_is_judged_by_its_own_metri
     assert "its own test rows" in basis
 
 
-def test_hash_of_a_row_depends_on_its_values_alone():
-    frame = pd.DataFrame(
-        {"n": [1, 2, 0], "x": [0.5, np.nan, 0.0], "b": [True, False, True], "t": ["é", None, "é"]}
-    )
-    frame["t"] = frame["t"].astype(object)
-    hashes = tracking.row_hashes(frame)
-    assert hashes.is_unique
-    assert hashes.str.fullmatch("[0-9a-f]{16}").all()
-    other = frame.astype({"n": "float64", "b": "int64"}).set_axis([7, 8, 9])[list("txbn")]
-    other.loc[9, "n"] = -0.0
-    other.loc[8, "t"] = np.nan
-    assert tracking.row_hashes(other).tolist() == hashes.tolist()
-    assert tracking.row_hashes(other).index.tolist() == [7, 8, 9]
-    renamed = frame.rename(columns={"n": "x", "x": "n"})
-    assert not set(tracking.row_hashes(renamed.iloc[:2])) & set(hashes)
-
-
 def test_true_or_false_column_that_is_a_category_can_be_promoted(name, small_frame):
     frame = small_frame(seed=3).assign(debtor=lambda table: table["width"] > 7)
     split = split_of(frame, categorical=["course", "debtor"])

@@ -1,5 +1,4 @@
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -163,29 +162,6 @@ def test_server_that_stays_silent_is_reported_with_its_log(own_workspace, taken_
         server.wait_until_ready(silent, own_workspace, timeout=0.1)
 
 
-def test_named_server_that_does_not_answer_is_refused_by_name(workspace, taken_port, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind((processes.HOST, 0))
-        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(ServerError, match=f"MLFLOW_TRACKING_URI = {uri}"):
-        tracking.connect(workspace)
-    assert not workspace.server.exists()
-
-
-def test_named_server_is_used_instead_of_an_own_one(workspace, running_server, monkeypatch):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", running_server.url)
-    assert tracking.connect(workspace) == running_server.url
-    assert mlflow.get_tracking_uri() == running_server.url
-    assert os.environ["MLFLOW_TRACKING_URI"] == running_server.url
-    assert not workspace.server.exists()
-
-
-def test_connecting_leaves_no_variable_that_would_name_a_server(running_server):
-    tracking.connect(running_server.workspace, keep=False)
-    assert "MLFLOW_TRACKING_URI" not in os.environ
-
-
 def test_command_line_stops_the_server_and_says_whether_there_was_one(own_workspace, capsys):
     started = server.start_server(own_workspace, keep=True)
     assert server.main(["--workspace", str(own_workspace.root), "--stop"]) == 0
@@ -257,109 +233,3 @@ def test_server_that_a_person_started_goes_on_after_the_process(own_workspace):
     assert processes.is_running(pid, created)
     assert server.stop_server(own_workspace)
     assert wait_for(lambda: not processes.is_running(pid, created))
-
-
-# --- how runs end ------------------------------------------------------------------------------
-
-
-def status(run):
-    return mlflow.MlflowClient().get_run(run.info.run_id).info.status
-
-
-def test_run_is_finished_after_the_block(tracking_server):
-    with tracking.start_run("endings", "good") as run:
-        assert status(run) == "RUNNING"
-    assert status(run) == "FINISHED"
-    assert mlflow.active_run() is None
-
-
-@pytest.mark.parametrize(
-    ("error", "ending"),
-    [(ValueError, "FAILED"), (SystemExit, "FAILED"), (KeyboardInterrupt, "KILLED")],
-)
-def test_run_says_how_it_ended_and_the_error_goes_on(tracking_server, error, ending):
-    with pytest.raises(error), tracking.start_run("endings", error.__name__) as run:
-        raise error
-    assert status(run) == ending
-    assert mlflow.active_run() is None
-
-
-def test_run_left_open_before_is_closed_by_the_next(tracking_server):
-    left = mlflow.start_run(experiment_id=tracking.open_experiment("endings"))
-    with tracking.start_run("endings", "next") as run:
-        assert run.info.run_id != left.info.run_id
-        assert "mlflow.parentRunId" not in run.data.tags
-    assert status(left) != "RUNNING"
-
-
-def test_signal_handler_of_the_process_is_put_back(tracking_server):
-    before = signal.getsignal(signal.SIGTERM)
-    with tracking.start_run("endings", "handler"):
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_deleted_experiment_is_restored(tracking_server):
-    first = tracking.open_experiment("deleted once")
-    mlflow.MlflowClient().delete_experiment(first)
-    assert tracking.open_experiment("deleted once") == first
-    assert mlflow.get_experiment(first).lifecycle_stage == "active"
-
-
-TRAINING = """
-    import sys, time
-    from helpers import tracking
-    from helpers.workspace import open_workspace
-    tracking.connect(open_workspace(sys.argv[1]), keep=False)
-    with tracking.start_run("endings", sys.argv[2]) as run:
-        print(run.info.run_id, flush=True)
-        time.sleep(600)
-"""
-
-
-@pytest.fixture
-def training(tracking_server):
-    """A process in the middle of a run, and the run."""
-    process = python(TRAINING, tracking_server.workspace.root, "signal", stderr=subprocess.PIPE)
-    run = mlflow.MlflowClient().get_run(process.stdout.readline().strip())
-    yield process, run
-    process.kill()
-    process.communicate()
-
-
-def test_terminated_process_marks_its_run_as_killed(training):
-    process, run = training
-    assert status(run) == "RUNNING"
-    process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert status(run) == "KILLED"
-
-
-def test_run_of_a_vanished_process_is_marked_as_killed_by_the_next_connection(
-    training, tracking_server
-):
-    process, run = training
-    tracking.connect(tracking_server.workspace, keep=False)
-    assert status(run) == "RUNNING"
-    process.kill()
-    process.communicate(timeout=120)
-    assert status(run) == "RUNNING"
-    tracking.connect(tracking_server.workspace, keep=False)
-    assert status(run) == "KILLED"
-
-
-def test_run_of_another_machine_is_left_alone(tracking_server):
-    experiment = tracking.open_experiment("endings")
-    tags = {"process.host": "elsewhere", "process.pid": "1", "process.created": "0"}
-    run = mlflow.MlflowClient().create_run(experiment, tags=tags)
-    assert run.info.run_id not in tracking.close_abandoned_runs()
-    assert status(run) == "RUNNING"
-    mlflow.MlflowClient().set_terminated(run.info.run_id)
-
-
-def test_connecting_keeps_the_open_run_of_this_process(tracking_server):
-    with tracking.start_run("endings", "own") as run:
-        tracking.connect(open_workspace(tracking_server.workspace.root), keep=False)
-        assert status(run) == "RUNNING"
-    assert status(run) == "FINISHED"

@@ -22,7 +22,7 @@ from mlflow.pyfunc.scoring_server.client import ScoringServerClient
 
 from helpers import registry, series, serving, tracking
 from helpers.data import DataError
-from helpers.server import processes
+from helpers.server import processes, stop_server
 from helpers.serving import app as serving_app
 from helpers.serving import scored_rows
 from helpers.workspace import PROJECT_ROOT, MissingStepError, open_workspace
@@ -43,7 +43,7 @@ def production(tmp_path_factory, big_split, _no_team_server):
     server = serving.start(workspace, port=5401, keep=False)
     yield SimpleNamespace(workspace=workspace, split=big_split, server=server, first=first)
     serving.stop(workspace)
-    tracking.server.stop_server(workspace)
+    stop_server(workspace)
 
 
 @pytest.fixture
