@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 STDERR = 2  # number of the error stream
-COLOURS = {"info": "#1f77b4", "good": "#2ca02c", "warning": "#ff7f0e", "bad": "#d62728"}
+# Of seaborn's colour-blind palette, as in the pictures.
+COLOURS = {"info": "#0173b2", "good": "#029e73", "warning": "#de8f05", "bad": "#d55e00"}
 
 
 def _in_notebook():
