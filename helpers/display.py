@@ -4,7 +4,9 @@ import html
 import io
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -13,7 +15,7 @@ STDERR = 2  # number of the error stream
 COLOURS = {"info": "#0173b2", "good": "#029e73", "warning": "#de8f05", "bad": "#d55e00"}
 
 
-def _in_notebook():
+def _in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return getattr(shell, "kernel", None) is not None
@@ -40,31 +42,25 @@ class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
 
     Parameters
     ----------
-    total : int, optional
+    total
         Steps to do.
-    desc : str, optional
+    desc
         What is being done.
-    unit : str
+    unit
         What a step is.
     **options
         Of `tqdm.tqdm`.
     """
 
-    def __init__(
-        self,
-        total: int | None = None,
-        desc: str | None = None,
-        unit: str = "it",
-        **options,
-    ):
+    def __init__(self, total: int, desc: str, unit: str = "it", **options):
         self._handle, self._shown = None, _in_notebook()
         if self._shown:
             # What moves a terminal's cursor is for nobody.
             options |= {"file": io.StringIO(), "ascii": False}
         shape = {"total": total, "desc": desc, "unit": unit, "ncols": 90, "mininterval": 0.5}
-        super().__init__(**{**shape, **options})
+        super().__init__(**shape, **options)
 
-    def display(self, msg=None, pos=None):
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the line as it is now."""
         if not self._shown:
             super().display(msg, pos)
@@ -79,7 +75,7 @@ class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
 
 
 @contextmanager
-def silenced_libraries():
+def silenced_libraries() -> Iterator[None]:
     """Keep what C++ libraries write to the error stream out of the notebook.
 
     TensorFlow reports there, before any of its settings takes effect, that there is no GPU.
@@ -95,15 +91,10 @@ def silenced_libraries():
         os.close(nowhere)
 
 
-def notice(text, level="info"):
-    """Show a message that cannot be overlooked.
+def notice(text: str, level: Literal["info", "good", "warning", "bad"] = "info") -> None:
+    """Show a message that cannot be overlooked: in a coloured box, outside a notebook printed.
 
-    Parameters
-    ----------
-    text : str
-        Plain text; line breaks are kept.
-    level : {'info', 'good', 'warning', 'bad'}
-        Decides the colour of the box. Outside a notebook the text is printed.
+    It is plain text; line breaks are kept.
     """
     if not _in_notebook():
         print(text, flush=True)

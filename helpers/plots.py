@@ -72,7 +72,7 @@ def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
 
 
 def _panels(number: int, columns: int, height: float, rest: float = 0.5, **options):
-    """Return a figure and its panels, each `height` inches high; `rest` is for what is around."""
+    """Return a figure and its panels, each of `height` inches, with `rest` inches around them."""
     rows = -(-number // columns)
     figure = Figure(figsize=(WIDTH, rest + height * rows), layout="constrained")
     panels = figure.subplots(rows, min(columns, number), squeeze=False, **options).ravel()
@@ -254,7 +254,7 @@ def confusion_matrix(y_true, y_pred, labels: Sequence, title: str = "Confusion m
     both = "{:,}\n{:.0%}" if n_labels <= 7 else "{:,}"
     wide = max(len(line) for name in names for line in name.split("\n")) * 0.09
     column = min(0.85, (WIDTH - wide - 1.6) / n_labels)
-    upright = wide < column
+    upright = wide + 0.03 < column
     height = 1.1 + max(1.5, max(0.34, column) * n_labels) + (0.3 if upright else wide)
     figure, axes = _figure(height, max(6.0, column * n_labels + wide + 1.6))
     texts = np.vectorize(both.format)(counts, shares) if n_labels <= 16 else None
@@ -343,7 +343,7 @@ def comparison(metrics: dict[str, dict[str, float]]) -> Figure:
     colours = _model_colours(list(metrics))
     figure, panels = _panels(3, 3, 0.6 * len(metrics), rest=1.1, sharey=True)
     for axes, name in zip(panels, COMPARED_METRICS, strict=True):
-        _bars(axes, name, [of[name] for of in metrics.values()], colours)
+        _bars(axes, name, [of.get(name) for of in metrics.values()], colours)
     figure.suptitle("Measured on the test rows")
     return figure
 
@@ -404,7 +404,7 @@ def periods(report) -> Figure | None:
     }
     shown = [name for name in PERIOD_METRICS if name in table and table[name].notna().any()]
     order = table["period"].unique()
-    values = table.pivot(index="period", columns="who", values=shown).loc[order]
+    values = table.pivot(index="period", columns="who", values=shown).loc[order].astype(float)
     single = len(order) == 1
     height = 0.9 + 0.45 * len(colours) if single else 2.6
     figure, panels = _panels(len(shown), 2, height, rest=0.7, sharey=single)
