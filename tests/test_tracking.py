@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from helpers import tracking
-from helpers.server import processes
+from helpers.server import credentials, processes
 from helpers.server.processes import ServerError
 from helpers.tracking import runs
 from helpers.workspace import PROJECT_ROOT, open_workspace
@@ -44,8 +44,12 @@ def test_named_server_is_used_instead_of_an_own_one(workspace, running_server, m
 
 
 def test_connecting_leaves_no_variable_that_would_name_a_server(running_server):
+    # MLflow sets it wherever the address is another one than before.
+    mlflow.set_tracking_uri("http://127.0.0.1:9")
+    del os.environ["MLFLOW_TRACKING_URI"]
     tracking.connect(running_server.workspace, keep=False)
     assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert os.environ[tracking.USER] == credentials.NOTEBOOKS
 
 
 def test_scoring_server_does_not_wait_for_the_import_of_pictures_and_networks():

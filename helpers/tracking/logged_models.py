@@ -131,9 +131,7 @@ def load_model(uri: str) -> PyFuncModel:
         return mlflow.pyfunc.load_model(uri)
 
 
-def evaluate_logged_model(
-    model_info: ModelInfo, split: Split
-) -> tuple[dict[str, float], pd.DataFrame]:
+def evaluate_logged_model(model_info: ModelInfo, split: Split) -> tuple[dict, pd.DataFrame]:
     """Load a logged model back and compute and log its metrics on the test rows.
 
     What is measured is the model that clients will load, not the objects in this notebook.

@@ -43,10 +43,11 @@ def connect(workspace: Workspace, keep: bool | None = None) -> str:
         If the server does not answer or does not start.
     """
     uri = server.start(workspace, keep)
+    # As everywhere, an empty variable (a secret that is not set) names no server.
+    named = bool(os.environ.get("MLFLOW_TRACKING_URI"))
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
-    # As everywhere, an empty variable (a secret that is not set) names no server.
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
+    if not named:
         # MLflow sets the variable itself; here it means a server that the user named.
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         os.environ[USER] = credentials.NOTEBOOKS
@@ -203,16 +204,15 @@ def latest_run(experiment: str, run_name: str, split_digest: str | None = None) 
 
     On a server that several workspaces use, those of this one come first.
     """
-    client = mlflow.MlflowClient()
-    found = client.get_experiment_by_name(experiment)
+    found = mlflow.get_experiment_by_name(experiment)
     if found is None:
         return None
     query = f"attributes.status = 'FINISHED' and attributes.run_name = '{run_name}'"
     if split_digest:
         query += f" and tags.split_digest = '{split_digest}'"
     newest_first = ["attributes.start_time DESC"]
-    runs = client.search_runs([found.experiment_id], query, order_by=newest_first)
-    return max(runs, key=is_own, default=None)
+    runs = mlflow.MlflowClient().search_runs([found.experiment_id], query, order_by=newest_first)
+    return max(runs, key=is_own, default=None)  # of equal ones the first
 
 
 def is_own(run: Run) -> bool:
@@ -223,14 +223,7 @@ def is_own(run: Run) -> bool:
     return {**_own, **run.data.tags}.items() >= _own.items()
 
 
-def keep_run(
-    client: mlflow.MlflowClient,
-    experiment: str,
-    run_name: str,
-    keys: dict[str, str],
-    tags: dict[str, str],
-    metrics: dict[str, float],
-) -> None:
+def keep_run(client, experiment: str, run_name: str, keys: dict, tags: dict, metrics: dict):
     """Keep one finished run per workspace and `keys`, the tags that tell it from others.
 
     It is written only if its `tags`, all of them, changed.

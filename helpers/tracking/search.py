@@ -8,9 +8,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from helpers.tracking.runs import data_tags, process_tags
 
 
-def log_child_runs(
-    run: mlflow.ActiveRun, children: Iterable[tuple[str, dict, dict]], manifest: dict
-) -> None:
+def log_child_runs(run: mlflow.ActiveRun, children: Iterable[tuple], manifest: dict) -> None:
     """Log finished runs below a run: name, parameters and metrics of each."""
     client = mlflow.MlflowClient()
     tags = {**process_tags(), **data_tags(manifest), MLFLOW_PARENT_RUN_ID: run.info.run_id}
