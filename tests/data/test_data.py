@@ -15,6 +15,8 @@ import pytest
 
 from helpers import data
 from helpers.data import DataError, read_table
+from helpers.data.split import SPLIT_FILES
+from helpers.data.students import STUDENT_CATEGORICAL, STUDENT_COLUMNS
 from helpers.settings import SETTINGS, check_parameters
 from helpers.workspace import (
     MissingStepError,
@@ -80,7 +82,7 @@ def test_real_variant_is_read_with_clean_header_and_nine_categories(
     assert not any(mark in name for name in names for mark in ("\ufeff", "\t", '"'))
     assert names[0] == "Marital status"
     assert "Daytime/evening attendance" in names
-    assert set(table.categorical) == set(data.STUDENT_CATEGORICAL)
+    assert set(table.categorical) == set(STUDENT_CATEGORICAL)
     assert len(table.categorical) == 9
     assert len(table.numeric) == features - 9
     assert table.frame["Target"].value_counts().to_dict() == {
@@ -104,14 +106,14 @@ def test_meanings_are_those_of_both_real_variants_and_no_more(real_data):
     names = set()
     for file in ("kaggle_students.csv", "uci697.csv"):
         names |= set(read_table((real_data / file).read_bytes(), file).frame.columns)
-    assert names == set(data.STUDENT_COLUMNS)
+    assert names == set(STUDENT_COLUMNS)
     assert len(names) == 37
 
 
 def test_bundled_sample_says_that_it_is_synthetic_and_has_the_students_columns(workspace):
     table = data.load_table("sample", workspace)
     assert table.synthetic
-    assert set(table.categorical) == set(data.STUDENT_CATEGORICAL)
+    assert set(table.categorical) == set(STUDENT_CATEGORICAL)
     assert set(table.frame["Target"]) == {"Dropout", "Enrolled", "Graduate"}
     split = split_table(table)
     assert split.manifest["synthetic"] is True
@@ -120,7 +122,7 @@ def test_bundled_sample_says_that_it_is_synthetic_and_has_the_students_columns(w
 
 def test_dropping_a_code_column_leaves_the_others_categories(workspace):
     table = data.load_table("sample", workspace, drop=["Course", "Debtor"])
-    assert table.categorical == tuple(n for n in data.STUDENT_CATEGORICAL if n != "Course")
+    assert table.categorical == tuple(n for n in STUDENT_CATEGORICAL if n != "Course")
     assert len(table.categorical) == 8
     assert table.dropped == ("Course", "Debtor")
 
@@ -414,7 +416,7 @@ def test_saving_the_same_split_again_touches_nothing(small_frame, workspace):
     content = as_csv(small_frame())
     data.save_split(split_table(read_table(content, "same")), workspace)
     before = saved_files(workspace)
-    assert set(before) == set(data.SPLIT_FILES)
+    assert set(before) == set(SPLIT_FILES)
     data.save_split(split_table(read_table(content, "same")), workspace)
     assert saved_files(workspace) == before
     assert not (workspace.data / "previous").exists()
@@ -442,9 +444,7 @@ def test_no_replaced_split_is_lost(small_frame, workspace):
     kept = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
     roles = sorted((manifest["source"], len(manifest["categorical"])) for manifest in kept)
     assert roles == [("a", 1), ("b", 1), ("c", 1), ("c", 2)]
-    assert all(
-        {path.name for path in folder.iterdir()} == set(data.SPLIT_FILES) for folder in folders
-    )
+    assert all({path.name for path in folder.iterdir()} == set(SPLIT_FILES) for folder in folders)
 
 
 def test_loading_without_data_names_the_notebook_to_run(workspace):
@@ -479,7 +479,7 @@ def test_interrupted_save_leaves_the_previous_split_readable(small_frame, worksp
 
 def test_auto_falls_back_to_the_sample_with_a_notice(workspace, monkeypatch, capsys):
     url = f"http://127.0.0.1:{closed_port()}/students.zip"
-    monkeypatch.setattr(data, "UCI_URL", url)
+    monkeypatch.setattr("helpers.data.sources.UCI_URL", url)
     table = data.load_table("auto", workspace)
     shown = capsys.readouterr().out
     assert table.synthetic
@@ -489,7 +489,7 @@ def test_auto_falls_back_to_the_sample_with_a_notice(workspace, monkeypatch, cap
 
 def test_uci_refuses_where_it_does_not_answer(workspace, monkeypatch):
     url = f"http://127.0.0.1:{closed_port()}/students.zip"
-    monkeypatch.setattr(data, "UCI_URL", url)
+    monkeypatch.setattr("helpers.data.sources.UCI_URL", url)
     with pytest.raises(DataError, match="127.0.0.1"):
         data.load_table("uci", workspace)
 
@@ -497,7 +497,7 @@ def test_uci_refuses_where_it_does_not_answer(workspace, monkeypatch):
 def test_auto_uses_uci_where_it_answers(workspace, web_folder, small_frame, monkeypatch):
     folder, address = web_folder
     (folder / "students.zip").write_bytes(zipped(as_csv(small_frame(), sep=";")))
-    monkeypatch.setattr(data, "UCI_URL", f"{address}/students.zip")
+    monkeypatch.setattr("helpers.data.sources.UCI_URL", f"{address}/students.zip")
     table = data.load_table("auto", workspace)
     assert table.source == "uci"
     assert not table.synthetic
@@ -507,7 +507,7 @@ def test_auto_uses_uci_where_it_answers(workspace, web_folder, small_frame, monk
 def test_auto_prefers_the_prepared_copy(workspace, web_folder, small_frame, monkeypatch, capsys):
     folder, address = web_folder
     (folder / "students.zip").write_bytes(zipped(as_csv(small_frame(seed=5), sep=";")))
-    monkeypatch.setattr(data, "UCI_URL", f"{address}/students.zip")
+    monkeypatch.setattr("helpers.data.sources.UCI_URL", f"{address}/students.zip")
     (folder / "mine.csv").write_bytes(as_csv(small_frame()))
     mine = data.load_table(f"{address}/mine.csv", workspace, categorical=["course"])
     split = split_table(mine)

@@ -13,6 +13,7 @@ from sklearn.svm import SVC
 
 from helpers import data
 from helpers.data.sample_data import make_sample
+from helpers.data.students import STUDENT_CATEGORICAL
 from helpers.models.interface import TabularPreprocessor
 from tests.conftest import split_table
 
@@ -26,7 +27,7 @@ def test_sample_has_the_schema_size_and_class_counts_of_the_kaggle_variant(sampl
     assert sample.frame.shape == (4424, 35)
     counts = sample.frame["Target"].value_counts().to_dict()
     assert counts == {"Graduate": 2209, "Dropout": 1421, "Enrolled": 794}
-    assert sample.categorical == data.STUDENT_CATEGORICAL
+    assert sample.categorical == STUDENT_CATEGORICAL
     assert not sample.frame.isna().any(axis=None)
     assert data.SAMPLE.stat().st_size <= 300 * 1024
 
