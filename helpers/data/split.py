@@ -238,15 +238,11 @@ def prepared_table(
     frame = _read_parquet(workspace.data / "table.parquet")
     source, dropped = manifest["source"], set(manifest["drop"])
     copy = f"The prepared copy of {source}"
-    if target != manifest["target"]:
+    if target != manifest["target"] or (drop is not None and not dropped <= set(drop)):
         raise DataError(
-            f"{copy} was made with TARGET = {manifest['target']!r}. To prepare it otherwise, "
-            "name the CSV in DATA_SOURCE."
-        )
-    if drop is not None and not dropped <= set(drop):
-        raise DataError(
-            f"{copy} was made with DROP = {sorted(dropped)}, and what was left out is gone. "
-            "Repeat these in DROP, or name the CSV in DATA_SOURCE to prepare it otherwise."
+            f"{copy} was made with TARGET = {manifest['target']!r} and DROP = {sorted(dropped)}, "
+            "and what was left out is gone. Repeat these, or name the CSV in DATA_SOURCE to "
+            "prepare it otherwise."
         )
     named = manifest["categorical"] if categorical is None else set(categorical) - dropped
     more = set(drop or ()) - dropped

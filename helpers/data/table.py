@@ -158,20 +158,6 @@ def _convert_target(column: pd.Series, source: str) -> pd.Series:
 # --- roles of columns -------------------------------------------------------------------------
 
 
-def require_columns(
-    names: Collection[str], frame: pd.DataFrame, parameter: str, source: str
-) -> None:
-    """Refuse names that are no columns, with the one that may have been meant."""
-    for name in names:
-        if name not in frame.columns:
-            close = difflib.get_close_matches(name, frame.columns, n=1, cutoff=0.6)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise DataError(
-                f"{source} has no column {name!r} (parameter {parameter}).{hint} Its columns: "
-                f"{', '.join(frame.columns)}."
-            )
-
-
 def make_table(
     frame: pd.DataFrame,
     header: dict[str, str],
@@ -186,9 +172,16 @@ def make_table(
             f"DROP names {target!r}, the column to predict. Take it out of DROP, or choose "
             "another TARGET."
         )
-    require_columns([target], frame, "TARGET", source)
-    require_columns(drop, frame, "DROP", source)
-    require_columns(categorical or [], frame, "CATEGORICAL", source)
+    parameters = {"TARGET": [target], "DROP": drop, "CATEGORICAL": categorical or ()}
+    for parameter, names in parameters.items():
+        for name in names:
+            if name not in frame:
+                close = difflib.get_close_matches(name, frame.columns, n=1, cutoff=0.6)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise DataError(
+                    f"{source} has no column {name!r} (parameter {parameter}).{hint} Its columns: "
+                    f"{', '.join(frame.columns)}."
+                )
     if categorical is None:
         # Before columns are dropped: the students' table is known by all its code columns.
         students = set(STUDENT_CATEGORICAL) <= set(frame.columns)
@@ -263,8 +256,8 @@ def describe_columns(table: Table) -> pd.DataFrame:
     ).rename_axis("column")
     numbers = frame.select_dtypes(exclude=object).astype(float)
     for figure in ("min", "median", "max"):
-        described[figure] = numbers.agg(figure).map("{:.10g}".format)
-    described = described.fillna("")
+        texts = numbers.agg(figure).map("{:.10g}".format)
+        described[figure] = texts.reindex(frame.columns, fill_value="")
     varied = (described["role"] == "category") & (described["distinct"] > max(50, rows / 2))
     described["remark"] = np.select(
         [described["distinct"] == 1, varied],
