@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from pathlib import Path
 
 from helpers.colab.contents import SafeCopyError, belongs, stamp
@@ -103,7 +102,7 @@ class History:
                 f"The folder of the safe copy {folder} is not writable ({_reason(error)}). "
                 "Is the Drive mounted? Choose another folder with DRIVE_FOLDER."
             ) from None
-        self._whole = set()
+        self._whole = set()  # what was read and is right, while its pack is not touched
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -155,35 +154,24 @@ class History:
             What is damaged, by path.
         """
         damaged = {}
-        by_pack = sorted(files.items(), key=lambda item: item[1])
-        for pack, group in groupby(by_pack, key=lambda item: item[1][0]):
-            for path, reason in self._fetch(self._packs / pack, dict(group), target):
-                damaged[path] = f"packs/{pack} ({reason})"
-        return damaged
-
-    def _fetch(self, pack: Path, files: dict, target: Path | None) -> Iterator[tuple[str, str]]:
-        try:
-            mark = stamp(pack)
-            if target is None:
-                # What was whole before is, while the pack was not touched.
-                files = {p: f for p, f in files.items() if (mark, p, f[1]) not in self._whole}
-            archive = zipfile.ZipFile(pack) if files else None
-        except UNREADABLE as error:
-            yield from ((path, _reason(error)) for path in files)
-            return
-        for path, (_, digest) in files.items():
+        for path, (pack, digest) in files.items():
+            place = self._packs / pack
             try:
-                content = archive.read(path)
+                mark = (stamp(place), path, digest)
+                if target is None and mark in self._whole:
+                    continue
+                with zipfile.ZipFile(place) as archive:
+                    content = archive.read(path)
+                if hashlib.sha256(content).hexdigest() != digest:
+                    raise ValueError(f"another {path}")
             except UNREADABLE as error:
-                yield path, _reason(error)
+                damaged[path] = f"packs/{pack} ({_reason(error)})"
                 continue
-            if hashlib.sha256(content).hexdigest() != digest:
-                yield path, f"another {path}"
-                continue
-            self._whole.add((mark, path, digest))
+            self._whole.add(mark)
             if target:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 (target / path).write_bytes(content)
+        return damaged
 
     def damage(self, number: int, damaged: list[str]) -> SafeCopyError:
         """Make the error that names what is damaged in a snapshot, and the way out."""
@@ -238,11 +226,6 @@ class History:
             raise TakenError from None
         self._tidy(snapshot.number - KEPT)
         return snapshot
-
-    def size(self, snapshot: Snapshot) -> int:
-        """Return the bytes of what was new in a snapshot."""
-        own = self._packs / f"{snapshot.number:05d}-{snapshot.id}.zip"
-        return own.stat().st_size if own.is_file() else 0
 
     def put_aside(self, number: int, files: dict[str, Path]) -> Path:
         """Write files that did not come into the line, beside the snapshot of a number."""

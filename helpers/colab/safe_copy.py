@@ -24,17 +24,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from helpers.colab import mount_drive
-from helpers.colab.contents import (
-    DATABASES,
-    UNFINISHED,
-    SafeCopyError,
-    back_up,
-    list_files,
-    stamp,
-    top,
-    write_into,
-)
+from helpers.colab import contents, mount_drive
+from helpers.colab.contents import DATABASES, UNFINISHED, SafeCopyError, top
 from helpers.colab.history import UNREADABLE, History, Snapshot, TakenError
 from helpers.display import notice
 from helpers.workspace import DRIVE, Workspace, atomic_path, file_digest, in_colab
@@ -180,7 +171,7 @@ class SafeCopy:
 
         What was not saved here goes aside if the copy has gone on, and stays where it is if not.
         """
-        with self._view("Nothing was restored from") as view:
+        with self._view("The workspace was not brought up to") as view:
             strangers = self._history.strangers()
             if strangers:
                 notice(f"Not used, and left alone, in {self.folder}: {', '.join(strangers)}")
@@ -195,10 +186,11 @@ class SafeCopy:
                         "warning",
                     )
                 return view.head.time
+            there = view.head.files if view.head else {}
             lost = {
                 path: where
-                for path, where in (view.head.files if view.head else {}).items()
-                if path not in view.here and top(path) not in UNFINISHED
+                for path, where in there.items()
+                if path not in view.digests and top(path) not in UNFINISHED
             }
             if not lost:
                 return None
@@ -237,7 +229,7 @@ class SafeCopy:
         except TakenError:
             self.save(leaving)
         if saved and not leaving:
-            print(f"Saved to {self.folder} ({self._history.size(saved) / 1e6:.1f} MB new)")
+            print(f"Saved to {self.folder} (number {saved.number})")
 
     @contextmanager
     def _view(self, failed: str) -> Iterator[_View]:
@@ -288,11 +280,11 @@ class SafeCopy:
         for name in DATABASES:
             if (self._root / name).is_file():
                 here[name] = folder / name
-                digests[name] = back_up(self._root / name, folder / name)
-        for path, source in list_files(self._root):
+                digests[name] = contents.back_up(self._root / name, folder / name)
+        for path, source in contents.list_files(self._root):
             # Deleted meanwhile, such as a staging file.
             with suppress(FileNotFoundError):
-                mark = stamp(source)
+                mark = contents.stamp(source)
                 if self._digests.get(path, (None,))[0] != mark:
                     self._digests[path] = mark, file_digest(source)
                 here[path], digests[path] = source, self._digests[path][1]
@@ -339,8 +331,8 @@ class SafeCopy:
         for path in sorted(files, key=lambda path: path in DATABASES):
             source, own = view.scratch / "there" / path, self._root / path
             if path in DATABASES:
-                write_into(source, own)
-                digests[path] = back_up(own, source.with_suffix(".now"))
+                contents.write_into(source, own)
+                digests[path] = contents.back_up(own, source.with_suffix(".now"))
             else:
                 own.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, own)

@@ -16,9 +16,6 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
-
 from helpers.workspace import DRIVE, PROJECT_ROOT, ProjectError, in_colab, is_batch
 
 # The one setting: where the project is on GitHub, as "owner/name", and the branch to open.
@@ -34,6 +31,7 @@ READMES = {
         "Los enlaces aparecen aquí cuando `REPOSITORY` está en `helpers/colab/setup.py`."
     ),
 }
+COLAB = "https://colab.research.google.com/github"
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
@@ -78,41 +76,31 @@ def mount_drive() -> bool:
 # --- what Colab lacks -------------------------------------------------------------------------
 
 
-def missing_requirements(requirements=PROJECT_ROOT / "requirements.txt"):
-    """List the lines of a requirements file that no installed package satisfies by name.
+def missing_requirements() -> list[str]:
+    """List the lines of `requirements.txt` that no installed package satisfies by name.
 
     A package that is there in any version is kept: nothing that Colab ships is replaced.
-
-    Parameters
-    ----------
-    requirements : path-like
-        A requirements file.
-
-    Returns
-    -------
-    list of str
     """
     missing = []
-    for line in Path(requirements).read_text(encoding="utf-8").splitlines():
+    for line in (PROJECT_ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         requirement = line.split("#")[0].strip()
-        if not requirement:
-            continue
-        name = re.match(r"[A-Za-z0-9._-]+", requirement).group()
-        try:
-            metadata.version(name)
-        except metadata.PackageNotFoundError:
-            missing.append(requirement)
+        if requirement:
+            try:
+                metadata.version(re.match(r"[\w.-]+", requirement).group())
+            except metadata.PackageNotFoundError:
+                missing.append(requirement)
     return missing
 
 
-def installed_versions():
+def installed_versions() -> list[str]:
     """Return the version of every installed package, as the lines of a constraints file.
 
-    Returns
-    -------
-    list of str
-        Without packages of the system whose versions pip cannot read.
+    Packages of the system whose versions pip cannot read are left out.
     """
+    # Only here: a machine without pip's companion can still run the first cell.
+    from packaging.utils import canonicalize_name
+    from packaging.version import InvalidVersion, Version
+
     found = {}
     for each in metadata.distributions():
         # Of two of one name, Python imports the first.
@@ -125,16 +113,11 @@ def installed_versions():
     return pins
 
 
-def install_missing():
-    """Install what `requirements.txt` names and the machine lacks, and replace nothing.
+def install_missing() -> list[str]:
+    """Install what `requirements.txt` names and the machine lacks; return it, replace nothing.
 
     What is installed is a constraint to pip: it takes versions that go with it, or gives up.
     So no package changes under a running notebook, and no restart is needed.
-
-    Returns
-    -------
-    list of str
-        The requirements installed; empty if everything was there.
 
     Raises
     ------
@@ -147,17 +130,8 @@ def install_missing():
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "installed.txt"
         constraints.write_text("\n".join(installed_versions()), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-compile",
-            "--constraint",
-            constraints,
-        ]
-        done = subprocess.run([*command, *missing], check=False)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile"]
+        done = subprocess.run([*pip, "--constraint", constraints, *missing], check=False)
     if done.returncode:
         raise ProjectError(
             f"pip could not install {', '.join(missing)} beside what is installed. Check the "
@@ -170,49 +144,19 @@ def install_missing():
 # --- links ------------------------------------------------------------------------------------
 
 
-def badge(notebook, repository=REPOSITORY):
-    """Return the *Open in Colab* link of a notebook.
-
-    Parameters
-    ----------
-    notebook : pathlib.Path
-    repository : str
-        As "owner/name".
-
-    Returns
-    -------
-    str
-        Markdown; empty without a repository.
-    """
-    if not repository:
-        return ""
-    place = f"{repository}/blob/{BRANCH}/notebooks/{notebook.name}"
-    url = f"https://colab.research.google.com/github/{place}"
+def _badge(notebook: Path, repository: str) -> str:
+    url = f"{COLAB}/{repository}/blob/{BRANCH}/notebooks/{notebook.name}"
     return f"[![Open in Colab]({BADGE})]({url})"
 
 
-def stamped_notebook(text, notebook, repository=REPOSITORY):
-    """Return the text of a notebook with the link and the address of a repository.
-
-    Parameters
-    ----------
-    text : str
-        Of the file.
-    notebook : pathlib.Path
-    repository : str
-
-    Returns
-    -------
-    str
-    """
+def stamped_notebook(text: str, notebook: Path, repository: str) -> str:
+    """Return a notebook's text with the link and the address of ``owner/name``, or without."""
     content = json.loads(text)
     cells = content["cells"]
-    title = "".join(cells[0]["source"])
-    title = re.sub(r"\n\n\[!\[Open in Colab\].*", "", title)
-    link = badge(notebook, repository)
-    if link:
+    title = re.sub(r"\n\n\[!\[Open in Colab\].*", "", "".join(cells[0]["source"]))
+    if repository:
         first, _, rest = title.partition("\n")
-        title = f"{first}\n\n{link}\n{rest}"
+        title = f"{first}\n\n{_badge(notebook, repository)}\n{rest}"
     cells[0]["source"] = title.splitlines(keepends=True)
     first_code = next(cell for cell in cells if cell["cell_type"] == "code")
     url = f"https://github.com/{repository}" if repository else ""
@@ -222,43 +166,24 @@ def stamped_notebook(text, notebook, repository=REPOSITORY):
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def stamped_readme(text, without, repository=REPOSITORY):
-    """Return the text of a README with a link to each notebook between its two marks.
-
-    Parameters
-    ----------
-    text : str
-    without : str
-        What to say where no repository is set.
-    repository : str
-
-    Returns
-    -------
-    str
-    """
-    links = [f"- {badge(path, repository)} `{path.stem}`" for path in _notebooks()]
+def stamped_readme(text: str, without: str, repository: str) -> str:
+    """Return a README's text with a link to each notebook, or the text `without`."""
+    links = [f"- {_badge(path, repository)} `{path.stem}`" for path in _notebooks()]
     shown = "\n".join(links) if repository else without
     pattern = r"(<!-- colab links -->\n).*?(\n<!-- end -->)"
     return re.sub(pattern, lambda found: found[1] + shown + found[2], text, flags=re.DOTALL)
 
 
-def _notebooks():
+def _notebooks() -> list[Path]:
     return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-def main(arguments=None):
-    """Stamp the links, or with ``--check`` say where they are not up to date.
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
-    Parameters
-    ----------
-    arguments : list of str, optional
-        Default: those of the process.
 
-    Returns
-    -------
-    int
-        0; 1 if something is not up to date, or the setting cannot be used.
-    """
+def main(arguments: list[str] | None = None) -> int:
+    """Stamp the links, or with ``--check`` say where they are not up to date; return 0, or 1."""
     parser = argparse.ArgumentParser(
         prog="python -m helpers.colab", description="Stamp the Open in Colab links."
     )
@@ -267,16 +192,14 @@ def main(arguments=None):
     if REPOSITORY and not re.fullmatch(r"[\w.-]+/[\w.-]+", REPOSITORY):
         print(f"REPOSITORY must be 'owner/name', not {REPOSITORY!r}.", file=sys.stderr)
         return 1
-    stale = []
-    for path in [*_notebooks(), *(PROJECT_ROOT / name for name in READMES)]:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".ipynb":
-            stamped = stamped_notebook(text, path, REPOSITORY)
-        else:
-            stamped = stamped_readme(text, READMES[path.name], REPOSITORY)
-        if stamped != text:
-            stale.append(path.name)
-            if not options.check:
-                path.write_text(stamped, encoding="utf-8")
-    print(f"Not up to date: {', '.join(stale)}" if stale else "Everything is up to date.")
+    stamped = {path: stamped_notebook(_read(path), path, REPOSITORY) for path in _notebooks()}
+    for name, without in READMES.items():
+        path = PROJECT_ROOT / name
+        stamped[path] = stamped_readme(_read(path), without, REPOSITORY)
+    stale = {path: text for path, text in stamped.items() if text != _read(path)}
+    if not options.check:
+        for path, text in stale.items():
+            path.write_text(text, encoding="utf-8")
+    names = ", ".join(path.name for path in stale)
+    print(f"Not up to date: {names}" if stale else "Everything is up to date.")
     return 1 if stale and options.check else 0

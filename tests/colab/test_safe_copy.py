@@ -101,7 +101,7 @@ def test_next_machine_has_what_the_one_before_made(machine, drive, small_split, 
     assert capsys.readouterr().out == f"Safe copy: {drive}\n"
     save_split(small_split, first.workspace)
     name, run_id = first.workspace.id, first.save_run()
-    assert f"Saved to {drive} (" in capsys.readouterr().out
+    assert f"Saved to {drive} (number 1)\n" in capsys.readouterr().out
     second = machine("b")
     assert "Restored what was saved at 20" in capsys.readouterr().out
     assert second.runs() == {run_id}
