@@ -31,28 +31,19 @@ CONSTRAINTS = HERE / "constraints.txt"
 class ColabMachine:
     """One machine of Colab: an empty disk, a kernel, a person who runs cells.
 
-    Parameters
-    ----------
-    python : path-like
-        Of the runtime.
-    disk : pathlib.Path
-        Stands for the machine's root; ``/content`` is a folder in it.
-    drive : pathlib.Path
-        The person's Google Drive.
-    secrets : dict of str to str, optional
-    before : sequence of str
-        Words before the command of the kernel, such as those of ``faketime``.
+    The folder `disk` stands for the machine's root, ``/content`` is a folder in it; `python` is
+    the runtime's, `drive` the person's Google Drive.
     """
 
-    def __init__(self, python, disk, drive, secrets=None, before=()):
-        self.content, self._drive = disk / "content", drive
+    def __init__(self, python: Path, disk: Path, drive: Path, secrets: dict[str, str]):
+        self.content = disk / "content"
         self.content.mkdir(parents=True)
         drive.mkdir(exist_ok=True)
         profile = disk / "ipython" / "profile_default" / "startup"
         profile.mkdir(parents=True)
         # Colab's own kernel has the package imported before the first cell.
         (profile / "00-colab.py").write_text("import google.colab\n", encoding="utf-8")
-        (disk / "secrets.json").write_text(json.dumps(secrets or {}), encoding="utf-8")
+        (disk / "secrets.json").write_text(json.dumps(secrets), encoding="utf-8")
         kept = {"PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "LD_LIBRARY_PATH"}
         self._environment = {
             **{name: value for name, value in os.environ.items() if name in kept},
@@ -69,7 +60,7 @@ class ColabMachine:
         self._client.load_connection_file(str(connection))
         port = json.loads(connection.read_text(encoding="utf-8"))["hb_port"]
         self._kernel = subprocess.Popen(
-            [*before, str(python), "-m", "ipykernel_launcher", "-f", str(connection)],
+            [python, "-m", "ipykernel_launcher", "-f", str(connection)],
             cwd=self.content,
             env=self._environment,
             stdout=subprocess.DEVNULL,
@@ -80,7 +71,7 @@ class ColabMachine:
         self._client.start_channels()
         self._client.wait_for_ready(timeout=60)
 
-    def run(self, code, timeout=300):
+    def run(self, code: str) -> tuple[str, str | None]:
         """Run a cell as the front end does; return what it shows and its error, or None."""
         shown, errors = [], []
 
@@ -99,28 +90,15 @@ class ColabMachine:
             output_hook=look,
             # Asked for a token, the person presses Enter.
             stdin_hook=lambda _: self._client.input(""),
-            timeout=timeout,
+            timeout=300,
         )
         return "".join(shown), (errors[0] if errors else None)
 
-    def step_through(self, notebook, **changes):
-        """Run all cells of a notebook, stopping at an error.
+    def step_through(self, notebook: Path, **changes) -> str:
+        """Run all cells of a notebook, stopping at an error; return what they showed.
 
-        Parameters
-        ----------
-        notebook : pathlib.Path
-        **changes
-            What the person writes into fields of the first cell and of the parameters' cell.
-
-        Returns
-        -------
-        str
-            What the cells showed.
-
-        Raises
-        ------
-        AssertionError
-            With the cell and its error.
+        The changes are what the person writes into fields of the first cell and of the
+        parameters' cell.
         """
         shown = []
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
@@ -137,7 +115,7 @@ class ColabMachine:
             assert error is None, f"{notebook.name}: {error}\n{code}\n{text}"
         return "\n".join(shown)
 
-    def vanish(self):
+    def vanish(self) -> None:
         """Take the machine away at once, with all that runs on it."""
         self._client.stop_channels()
         for process in psutil.process_iter():
@@ -147,12 +125,12 @@ class ColabMachine:
         self._kernel.wait(30)
 
 
-def _listens(port):
+def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _interpreter():
+def _interpreter() -> str:
     """Return Colab's version of Python where the machine has it, else what uv has to fetch."""
     # pyenv's own command of this name fails where another version is the current one.
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
@@ -162,15 +140,8 @@ def _interpreter():
     return PYTHON
 
 
-def make_runtime(folder, requirements):
-    """Make an environment with the packages that Colab's runtime has.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Where; made.
-    requirements : pathlib.Path
-        The project's: of these, what Colab has is installed, in Colab's versions.
+def make_runtime(folder: Path, requirements: Path) -> Path:
+    """Make an environment with those of the requirements that Colab has, in Colab's versions.
 
     Returns
     -------
@@ -181,19 +152,14 @@ def make_runtime(folder, requirements):
     lines = requirements.read_text(encoding="utf-8").splitlines()
     names = [re.match(r"[\w.-]+", line).group().lower() for line in lines if line[:1] not in "#"]
     wanted = ["pip", "ipykernel", *(name for name in names if name in pinned)]
-    subprocess.run([*UV, "venv", "-q", "--python", _interpreter(), str(folder)], check=True)
+    subprocess.run([*UV, "venv", "-q", "--python", _interpreter(), folder], check=True)
     interpreter = folder / "bin" / "python"
-    subprocess.run(
-        [
-            *(*UV, "pip", "install", "-q", "--python", interpreter, "--compile-bytecode"),
-            *("--constraint", CONSTRAINTS, *wanted),
-        ],
-        check=True,
-    )
+    install = [*UV, "pip", "install", "-q", "--python", interpreter, "--compile-bytecode"]
+    subprocess.run([*install, "--constraint", CONSTRAINTS, *wanted], check=True)
     return interpreter
 
 
-def read_constraints():
+def read_constraints() -> list[str]:
     """Return the packages of Colab's runtime, as lines ``name==version``."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if "==" in line and not line.startswith("#")]
