@@ -221,9 +221,12 @@ class History:
             with _whole_or_not(self._snapshots / f"{snapshot.number:05d}.json") as path:
                 text = json.dumps({"format": FORMAT, **asdict(snapshot)})
                 path.write_text(text, encoding="utf-8")
-        except FileExistsError:
-            (self._packs / name).unlink(missing_ok=True)
-            raise TakenError from None
+        except OSError as error:
+            with suppress(OSError):
+                (self._packs / name).unlink(missing_ok=True)
+            if isinstance(error, FileExistsError):
+                raise TakenError from None
+            raise
         self._tidy(snapshot.number - KEPT)
         return snapshot
 
@@ -287,4 +290,5 @@ def _whole_or_not(target: Path) -> Iterator[Path]:
                 raise FileExistsError(target) from None
             os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -55,6 +55,7 @@ def start(workspace: Workspace, folder: str | None, what: str) -> "SafeCopy | No
     SafeCopyError
         If the folder cannot be used, or what it holds is damaged; nothing was changed then.
     """
+    _running.pop(workspace.root, None)  # The cell was run again.
     place = _find_folder(folder)
     if place is None:
         if in_colab():
