@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import time
 import uuid
 import zipfile
 import zlib
@@ -161,7 +162,7 @@ class History:
                 if target is None and mark in self._whole:
                     continue
                 with zipfile.ZipFile(place) as archive:
-                    content = archive.read(path)
+                    content, written = archive.read(path), archive.getinfo(path).date_time
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise ValueError(f"another {path}")
             except UNREADABLE as error:
@@ -171,6 +172,8 @@ class History:
             if target:
                 (target / path).parent.mkdir(parents=True, exist_ok=True)
                 (target / path).write_bytes(content)
+                when = time.mktime((*written, 0, 0, -1))
+                os.utime(target / path, (when, when))
         return damaged
 
     def damage(self, number: int, damaged: list[str]) -> SafeCopyError:
@@ -195,9 +198,7 @@ class History:
 
     # --- writing ----------------------------------------------------------------------------
 
-    def add(
-        self, before: Snapshot | None, by: str, time: str, known: dict, new: dict[str, Path]
-    ) -> Snapshot:
+    def add(self, before: Snapshot | None, by: str, known: dict, new: dict[str, Path]) -> Snapshot:
         """Write the snapshot after `before`, and the pack of what is new in it.
 
         Parameters
@@ -216,7 +217,7 @@ class History:
         name = f"{len(history):05d}-{history[-1]}.zip"
         digests = _pack(new, self._packs / name) if new else {}
         files = known | {path: [name, digest] for path, digest in digests.items()}
-        snapshot = Snapshot(history, by, time, files)
+        snapshot = Snapshot(history, by, time.strftime("%Y-%m-%d %H:%M:%S"), files)
         try:
             with _whole_or_not(self._snapshots / f"{snapshot.number:05d}.json") as path:
                 text = json.dumps({"format": FORMAT, **asdict(snapshot)})
@@ -262,12 +263,14 @@ def _pack(files: dict[str, Path], target: Path) -> dict[str, str]:
     digests = {}
     with (
         _whole_or_not(target) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        zipfile.ZipFile(temporary, "w") as archive,
     ):
         for path, source in files.items():
             with suppress(FileNotFoundError):
                 content = source.read_bytes()
-                archive.writestr(path, content)
+                # With the time when it was written.
+                info = zipfile.ZipInfo.from_file(source, path, strict_timestamps=False)
+                archive.writestr(info, content, zipfile.ZIP_DEFLATED, compresslevel=1)
                 digests[path] = hashlib.sha256(content).hexdigest()
     return digests
 

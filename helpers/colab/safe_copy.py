@@ -16,7 +16,6 @@ import json
 import os
 import sqlite3
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -359,8 +358,7 @@ class SafeCopy:
         new = {path: source for path, source in view.here.items() if path not in known}
         if not new and head and head.id == base.id and known == head.files:
             return None
-        when = time.strftime("%Y-%m-%d %H:%M:%S")
-        snapshot = self._history.add(head, self._what, when, known, new)
+        snapshot = self._history.add(head, self._what, known, new)
         now = {path: where[1] for path, where in snapshot.files.items() if path in new}
         self._set_base(snapshot, {path: now.get(path) or saved[path] for path in snapshot.files})
         if damaged:
