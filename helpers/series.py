@@ -41,3 +41,5 @@ MODELS = {
     "model_conv_network": Model("conv_network", "default_logistic", "02"),
     "model_svm_rbf": Model("svc_model", "svm", "03"),
 }
+
+PROMOTIONS = "promotions"  # experiment: every promotion and rollback is a run of it

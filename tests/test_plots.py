@@ -63,7 +63,7 @@ def make_log(users=(LONG, NASTY, "x_1^2$ or so", None), kinds=("look", "rejected
 
 def make_robustness():
     flips = pd.Series({f"{LONG} ${number}$": number / 10 for number in range(9)})
-    return Robustness(4, np.array([1.0, 2, 2, np.nan]), flips, 4)
+    return Robustness(np.array([1.0, 2, 2, np.nan]), flips)
 
 
 METRICS = {"accuracy": 0.78, "f1_macro": 0.71, "log_loss": 0.5, "roc_auc_ovr": 0.9}

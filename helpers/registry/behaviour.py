@@ -4,6 +4,7 @@ Three kinds, after Ribeiro et al. [1]_: minimum functionality (a case that nobod
 direction (a change that may move the answer one way only), and invariance (a change that may
 not move it). To add one, for the students' table or another, add an entry to `CASES` or
 `DIRECTIONS`. What names a column or a label that a table does not have is not applied to it.
+Each check returns what it found, or raises `CheckFailedError`.
 
 References
 ----------
@@ -11,7 +12,7 @@ References
    of NLP Models with CheckList*. ACL. doi:10.18653/v1/2020.acl-main.442
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ import pandas as pd
 from mlflow.pyfunc import PyFuncModel
 
 from helpers.data import Split
+from helpers.registry.production import LOAD_ERRORS
 
 FIRST, SECOND = "Curricular units 1st sem", "Curricular units 2nd sem"
 MOST_ROWS = 400  # test rows that a behaviour is tried on
@@ -30,8 +32,8 @@ NONE_KNOWN = f"{NO_CONDITION}none is known for this table"
 NEW_CODES = (10_001, 20_002)  # two codes that no table has
 
 
-class BehaviourError(Exception):
-    """A model does not behave as it must; the message says how."""
+class CheckFailedError(Exception):
+    """A candidate must not be promoted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -41,117 +43,76 @@ class Case:
     Attributes
     ----------
     description : str
-    change : callable
-        From rows to changed rows; a pandas.DataFrame each.
+    changes : dict
+        By column: its new value, or a function from the column to the new one.
     label : str
         In `CASES` it may not be predicted for the changed rows; in `DIRECTIONS` its
         probability must not fall, on average.
-    columns : tuple of str
-        That the table must have.
     """
 
     description: str
-    change: Callable[[pd.DataFrame], pd.DataFrame]
+    changes: dict[str, float | Callable[[pd.Series], pd.Series]]
     label: str
-    columns: tuple[str, ...]
+
+    def change(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return rows with the changes made."""
+        changes = self.changes.items()
+        return rows.assign(**{n: new(rows[n]) if callable(new) else new for n, new in changes})
 
 
-def _all_approved(rows):
-    """Give every student six units in both semesters, all approved with a good grade."""
-    changed = rows.copy()
-    for name in (FIRST, SECOND):
-        changed[f"{name} (enrolled)"] = 6
-        changed[f"{name} (evaluations)"] = 6
-        changed[f"{name} (approved)"] = 6
-        changed[f"{name} (grade)"] = 15.0
-        changed[f"{name} (without evaluations)"] = 0
-    return changed.assign(**{"Tuition fees up to date": 1, "Debtor": 0})
+def _of_both_semesters(changes):
+    return {f"{name} ({part})": new for name in (FIRST, SECOND) for part, new in changes.items()}
 
 
-def _fewer_approved(rows):
-    """Take two approved units of each semester away, where there are any."""
-    columns = [f"{name} (approved)" for name in (FIRST, SECOND)]
-    return rows.assign(**{name: (rows[name] - 2).clip(lower=0) for name in columns})
-
-
-def _fees_not_paid(rows):
-    return rows.assign(**{"Tuition fees up to date": 0})
-
-
-def _units(*parts):
-    return tuple(f"{name} ({part})" for name in (FIRST, SECOND) for part in parts)
-
-
+SIX_APPROVED = {
+    "enrolled": 6,
+    "evaluations": 6,
+    "approved": 6,
+    "grade": 15.0,
+    "without evaluations": 0,
+}
 CASES = (
     Case(
         "every unit approved and fees paid: not Dropout",
-        _all_approved,
+        {**_of_both_semesters(SIX_APPROVED), "Tuition fees up to date": 1, "Debtor": 0},
         "Dropout",
-        (
-            *_units("enrolled", "evaluations", "approved", "grade", "without evaluations"),
-            "Tuition fees up to date",
-            "Debtor",
-        ),
     ),
 )
 DIRECTIONS = (
     Case(
         "fewer approved units never make Dropout less likely",
-        _fewer_approved,
+        _of_both_semesters({"approved": lambda units: (units - 2).clip(lower=0)}),
         "Dropout",
-        _units("approved"),
     ),
     Case(
         "unpaid fees never make Dropout less likely",
-        _fees_not_paid,
+        {"Tuition fees up to date": 0},
         "Dropout",
-        ("Tuition fees up to date",),
     ),
 )
 
 
-def _applying(cases, split):
+def _applying(cases: Iterable[Case], split: Split) -> list[Case]:
     columns = set(split.X_test.columns)
-    return [each for each in cases if set(each.columns) <= columns and each.label in split.labels]
+    return [each for each in cases if set(each.changes) <= columns and each.label in split.labels]
 
 
 def check_cases(model: PyFuncModel, split: Split) -> str:
     """Make sure that none of `CASES` gets the label that is out of the question.
 
     Some rows may fail: one with a few columns changed may be unlike any real one in the others.
-
-    Returns
-    -------
-    str
-        What was found.
-
-    Raises
-    ------
-    BehaviourError
-        Names the case and says how often it failed.
     """
     used = _applying(CASES, split)
     for case in used:
         rows = case.change(split.X_test.head(MOST_ROWS))
         wrong = int((model.predict(rows)["prediction"] == case.label).sum())
         if wrong > CASE_TOLERANCE * len(rows):
-            raise BehaviourError(f"{case.description}, but {wrong} of {len(rows)} rows are")
+            raise CheckFailedError(f"{case.description}, but {wrong} of {len(rows)} rows are")
     return "; ".join(case.description for case in used) or NONE_KNOWN
 
 
 def check_directions(model: PyFuncModel, split: Split) -> str:
-    """Make sure that the changes of `DIRECTIONS` move probabilities the right way, on average.
-
-    Returns
-    -------
-    str
-        What was found.
-
-    Raises
-    ------
-    BehaviourError
-        Names the direction and the mean change.
-    """
+    """Make sure that the changes of `DIRECTIONS` move probabilities the right way, on average."""
     found, rows = [], split.X_test.head(MOST_ROWS)
     for each in _applying(DIRECTIONS, split):
         changed = each.change(rows)
@@ -164,7 +125,7 @@ def check_directions(model: PyFuncModel, split: Split) -> str:
         )
         change = float((after - before).mean())
         if change < -DIRECTION_TOLERANCE:
-            raise BehaviourError(f"{each.description}, but by {change:+.3f} on average")
+            raise CheckFailedError(f"{each.description}, but by {change:+.3f} on average")
         found.append(f"{each.description} ({change:+.3f})")
     return "; ".join(found) or NONE_KNOWN
 
@@ -182,34 +143,31 @@ def _with_code(rows, categorical, code):
 def check_invariances(model: PyFuncModel, split: Split) -> str:
     """Make sure that what carries no information moves nothing.
 
-    The order of the rows, the order of the columns, and which code a category has that was
-    never seen: an unrelated one must be treated like any other.
-
-    Returns
-    -------
-    str
-        What was found.
-
-    Raises
-    ------
-    BehaviourError
-        Names what moved the answers.
+    The order of the rows, the order of the columns, whether whole numbers are integers or
+    floats, and which code a category has that was never seen: an unrelated one must be treated
+    like any other.
     """
     rows = split.X_test.head(MOST_ROWS)
     names = [f"probability_{label}" for label in split.labels]
-    expected = model.predict(rows)[names]
+
+    def answer(changed):
+        try:
+            return model.predict(changed)[names].to_numpy()
+        except LOAD_ERRORS as error:
+            raise CheckFailedError(f"{type(error).__name__}: {error}") from error
+
+    expected = answer(rows)
     order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = model.predict(rows.iloc[order])[names]
-    one, other = (
-        model.predict(_with_code(rows, split.categorical, code))[names] for code in NEW_CODES
-    )
+    floats = rows.astype(dict.fromkeys(rows.select_dtypes("int64"), "float64"))
+    one, other = (answer(_with_code(rows, split.categorical, code)) for code in NEW_CODES)
     pairs = {
-        "the order of the rows": (shuffled, expected.iloc[order]),
-        "the order of the columns": (model.predict(rows[rows.columns[::-1]])[names], expected),
+        "the order of the rows": (answer(rows.iloc[order]), expected[order]),
+        "the order of the columns": (answer(rows[rows.columns[::-1]]), expected),
+        "writing whole numbers as floats": (answer(floats), expected),
         "which unseen code a category has": (one, other),
     }
     for title, (given, wanted) in pairs.items():
-        gap = float(np.abs(given.to_numpy() - wanted.to_numpy()).max())
+        gap = np.abs(given - wanted).max()
         if not gap <= INVARIANCE_TOLERANCE:
-            raise BehaviourError(f"{title} changes a probability by {gap:.2g}")
+            raise CheckFailedError(f"{title} changes a probability by {gap:.2g}")
     return f"{', '.join(pairs)}: no change"

@@ -7,6 +7,7 @@ import numpy as np
 
 from helpers.models.evaluation import compute_metrics
 
+REFERENCE = "monitoring/reference.json"  # artifact of the run of a version
 MOST_VALUES = 100  # different numbers up to which each is counted; above, quantiles
 QUANTILES = 201
 BINS = 10  # of the confidence, for the calibration error

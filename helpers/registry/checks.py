@@ -1,0 +1,221 @@
+"""The promotion rule: what a candidate must show before it may go to Production.
+
+To add a check, write a function and add it to `CHECKS`. How a model must behave whatever its
+metrics is in `helpers.registry.behaviour`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+
+from helpers.display import COLOURS
+from helpers.models.evaluation import compute_metrics
+from helpers.registry import behaviour
+from helpers.registry.behaviour import NO_CONDITION, CheckFailedError
+from helpers.registry.candidates import Candidate
+from helpers.registry.production import LOAD_ERRORS
+
+LOADS = "loads back and answers"  # the first check: what fails it is not registered
+REPRODUCED = 1e-4  # largest difference between a logged metric and the same one recomputed
+SUM_TOLERANCE = 1e-6  # how far the probabilities of a row may be from summing to 1
+
+
+@dataclass(frozen=True)
+class PromotionRules:
+    """The bounds of the promotion rule.
+
+    Attributes
+    ----------
+    min_gain : float
+        Accuracy that a candidate must have above the majority class.
+    max_loss : float
+        Macro F1 that it may be below the version in Production. Above 0, because the same
+        training on another machine differs by a few rows.
+    allow_replace : bool
+        Promote even where Production was trained on another kind of table.
+    min_robustness : float
+        Share of attacked rows whose answer must hold, see `helpers.registry.robustness`; 0: any.
+    """
+
+    min_gain: float
+    max_loss: float
+    allow_replace: bool
+    min_robustness: float
+
+
+def _require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise CheckFailedError(complaint)
+
+
+def _check_loads(candidate, baseline, rules):
+    try:
+        return f"answers {len(candidate.answer):,} test rows"
+    except LOAD_ERRORS as error:
+        first_line = str(error).partition("\n")[0]
+        raise CheckFailedError(f"{type(error).__name__}: {first_line}") from error
+
+
+def _check_interface(candidate, baseline, rules):
+    labels, answer = candidate.split.labels, candidate.answer
+    wanted = ["prediction", *(f"probability_{label}" for label in labels)]
+    _require(list(answer.columns) == wanted, f"answers {list(answer.columns)}, not {wanted}")
+    _require(set(answer["prediction"]) <= set(labels), "predicts labels that are not in the CSV")
+    sums = answer[wanted[1:]].sum(axis=1)
+    _require(np.abs(sums - 1).max() < SUM_TOLERANCE, "probabilities do not sum to 1")
+    return "prediction and one probability per class"
+
+
+def _check_schema(candidate, baseline, rules):
+    X, inputs = candidate.split.X_test, candidate.model.metadata.get_input_schema()
+    _require(inputs is not None, "the model has no signature")
+    names = [*X.columns, *candidate.split.manifest.get("header", {}).values()]
+    _require(inputs.input_names() == names, "its signature has other columns than the data")
+    try:
+        candidate.model.predict(X.head(20).drop(columns=X.columns[0]))
+    except MlflowException:
+        return f"{X.shape[1]} columns, none of which may be missing"
+    raise CheckFailedError(f"answers although column {X.columns[0]!r} is missing")
+
+
+def _check_reproduced(candidate, baseline, rules):
+    recomputed = compute_metrics(candidate.split.y_test, candidate.answer, candidate.split.labels)
+    logged = candidate.metrics
+    missing = sorted(set(recomputed) - set(logged))
+    _require(not missing, f"not logged: {', '.join(missing)}")
+    worst = max(recomputed, key=lambda name: abs(recomputed[name] - logged[name]))
+    gap = abs(recomputed[worst] - logged[worst])
+    _require(
+        gap <= REPRODUCED,
+        f"{worst} is {recomputed[worst]:.4f} when loaded back, but {logged[worst]:.4f} was logged",
+    )
+    return f"{len(recomputed)} metrics, largest difference {gap:.1e}"
+
+
+def _check_baseline(candidate, baseline, rules):
+    accuracy, floor = candidate.metrics["accuracy"], baseline["accuracy"] + rules.min_gain
+    _require(
+        accuracy >= floor,
+        f"accuracy {accuracy:.4f} is below {floor:.4f} (majority class + MIN_GAIN)",
+    )
+    return f"accuracy {accuracy:.4f}, majority class {baseline['accuracy']:.4f}"
+
+
+def _check_robustness(candidate, baseline, rules):
+    result = candidate.robustness
+    if result is None:
+        _require(not rules.min_robustness, "not measured, but MIN_ROBUSTNESS asks for it")
+        return f"{NO_CONDITION}not measured"
+    holds = 1 - result.flip_rate
+    finding = f"{holds:.0%} of {result.n_rows} attacked rows hold"
+    _require(
+        holds >= rules.min_robustness, f"{finding}, MIN_ROBUSTNESS is {rules.min_robustness:.0%}"
+    )
+    return finding if rules.min_robustness else f"{NO_CONDITION}{finding}"
+
+
+def _check_replaceable(candidate, baseline, rules):
+    champion = candidate.champion
+    if champion is None:
+        return f"{NO_CONDITION}nothing in Production yet"
+    if rules.allow_replace:
+        return f"{NO_CONDITION}ALLOW_REPLACE is set"
+    _require(
+        champion.same_columns or champion.model is None,
+        f"{champion} takes other columns or gives other labels; its clients would break. Use "
+        "another WORKSPACE, or set ALLOW_REPLACE",
+    )
+    synthetic = candidate.split.manifest["synthetic"]
+    _require(
+        not synthetic or champion.tags.get("synthetic_data") == "true",
+        f"{champion} was trained on real data, the candidate on the synthetic sample. Set "
+        "ALLOW_REPLACE if that is meant",
+    )
+    if champion.model is None:
+        return f"{champion} does not load: it serves nobody"
+    return f"same columns and labels as {champion}"
+
+
+def _check_champion(candidate, baseline, rules):
+    champion = candidate.champion
+    if champion is None:
+        return f"{NO_CONDITION}nothing in Production yet"
+    if not champion.same_columns:
+        why = "takes other columns" if champion.model else "does not load"
+        return f"{NO_CONDITION}{champion} {why}: there is nothing to compare with"
+    own, production, basis = candidate.beside_champion
+    score, floor = own["f1_macro"], production["f1_macro"] - rules.max_loss
+    _require(
+        score >= floor,
+        f"macro F1 {score:.4f} is below {floor:.4f} ({champion} on {basis}, less MAX_LOSS)",
+    )
+    return f"macro F1 {score:.4f}, {champion} {production['f1_macro']:.4f} on {basis}"
+
+
+def _behaviour(check):
+    """Make a check of the promotion rule from one of `helpers.registry.behaviour`."""
+    return lambda candidate, baseline, rules: check(candidate.model, candidate.split)
+
+
+# The promotion rule, in order. A check takes the candidate, the baseline's metrics and the
+# rules, returns its finding, and raises CheckFailedError where the candidate must not be promoted.
+CHECKS = {
+    LOADS: _check_loads,
+    "interface": _check_interface,
+    "schema": _check_schema,
+    "metrics reproduced": _check_reproduced,
+    "better than the majority class": _check_baseline,
+    "minimum functionality": _behaviour(behaviour.check_cases),
+    "direction": _behaviour(behaviour.check_directions),
+    "invariance": _behaviour(behaviour.check_invariances),
+    "robustness": _check_robustness,
+    "may replace Production": _check_replaceable,
+    "not worse than Production": _check_champion,
+}
+
+
+def check_candidate(
+    candidate: Candidate, baseline: dict[str, float], rules: PromotionRules
+) -> pd.DataFrame:
+    """Run every check on a candidate; `baseline` are the metrics of the majority class.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Index ``check``; columns ``passed`` (bool) and ``finding``. After a model that does not
+        load the other checks are left out.
+    """
+    rows, candidate.measures = {}, (baseline, rules)
+    for title, check in CHECKS.items():
+        try:
+            rows[title] = (True, check(candidate, baseline, rules))
+        except CheckFailedError as failure:
+            rows[title] = (False, str(failure))
+            if title == LOADS:
+                break
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["passed", "finding"])
+    return table.rename_axis("check")
+
+
+def check_candidates(
+    candidates: dict[str, Candidate], baseline: dict[str, float], rules: PromotionRules
+) -> pd.DataFrame:
+    """Run every check on every candidate.
+
+    Returns
+    -------
+    pandas.DataFrame
+        As from `check_candidate`, with the model's name as first level of the index.
+    """
+    tables = {name: check_candidate(c, baseline, rules) for name, c in candidates.items()}
+    return pd.concat(tables, names=["model"])
+
+
+def colour_checks(row: pd.Series) -> list[str]:
+    """Colour a row of the table of checks: green passed, red failed, grey could not fail."""
+    colour = COLOURS["good" if row["passed"] else "bad"]
+    if row["finding"].startswith(NO_CONDITION):
+        colour = "grey"
+    return [f"color: {colour}"] * len(row)

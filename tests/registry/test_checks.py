@@ -1,0 +1,170 @@
+import shutil
+
+import pytest
+
+from helpers import registry
+from helpers.display import COLOURS
+from helpers.models.evaluation import majority_baseline
+from helpers.registry import behaviour
+from helpers.registry.checks import CHECKS, LOADS
+from tests.registry.conftest import HALF_HOLDS, failed, log_run, split_frame
+from tests.scoring import fit_svm
+
+
+def colours(checks):
+    """Return the names of the checks by colour."""
+    by_style = {f"color: {colour}": name for name, colour in COLOURS.items()}
+    found = {}
+    for name, row in checks.iterrows():
+        (colour,) = set(registry.colour_checks(row))
+        found.setdefault(by_style.get(colour, "grey"), set()).add(name)
+    return found
+
+
+def test_good_candidate_passes_every_check_and_one_that_cannot_fail_is_grey(model, runs):
+    checks = model.findings(runs.good[0], robustness=HALF_HOLDS)
+    assert list(checks.index) == list(CHECKS)
+    assert failed(checks) == []
+    assert checks["finding"]["robustness"] == "no condition: 50% of 10 attacked rows hold"
+    grey = {
+        "minimum functionality",
+        "direction",
+        "robustness",
+        "may replace Production",
+        "not worse than Production",
+    }
+    assert colours(checks) == {"grey": grey, "good": set(CHECKS) - grey}
+
+
+@pytest.mark.parametrize(("wanted", "colour"), [(0.4, "good"), (0.6, "bad")])
+def test_min_robustness_is_a_condition(model, runs, wanted, colour):
+    checks = model.findings(runs.good[0], robustness=HALF_HOLDS, min_robustness=wanted)
+    assert "robustness" in colours(checks)[colour]
+    assert checks["passed"].all() == (colour == "good")
+
+
+def test_min_robustness_needs_a_measurement(model, runs):
+    checks = model.findings(runs.good[0], min_robustness=0.1)
+    assert failed(checks) == ["robustness"]
+    assert "not measured" in checks["finding"]["robustness"]
+
+
+def test_candidate_that_does_not_behave_is_refused(model, runs, monkeypatch):
+    never_low = behaviour.Case("nobody is low", {"length": 0}, "low")
+    monkeypatch.setattr(behaviour, "CASES", (never_low,))
+    checks = model.findings(runs.good[0])
+    assert failed(checks) == ["minimum functionality"]
+    assert "nobody is low" in checks["finding"]["minimum functionality"]
+
+
+def test_candidate_no_better_than_the_majority_class_is_refused(model, runs):
+    assert failed(model.findings(runs.useless)) == ["better than the majority class"]
+
+
+def test_candidate_with_a_falsified_metric_is_refused(model, runs):
+    checks = model.findings(log_run(runs.split, runs.fitted, accuracy=0.9999))
+    assert failed(checks) == ["metrics reproduced"]
+    assert "accuracy" in checks["finding"]["metrics reproduced"]
+    assert "0.9999" in checks["finding"]["metrics reproduced"]
+
+
+@pytest.mark.parametrize(("max_loss", "refused"), [(0.01, True), (1.0, False)])
+def test_candidate_may_be_worse_than_production_by_max_loss(model, runs, max_loss, refused):
+    model.register(runs.good[0])
+    model.promote(1)
+    checks = model.findings(runs.weak, max_loss=max_loss)
+    assert failed(checks) == (["not worse than Production"] if refused else [])
+
+
+def test_candidate_with_other_columns_is_refused_unless_replacing_is_allowed(model, runs):
+    model.register(runs.good[0])
+    model.promote(1)
+    checks = model.findings(runs.narrow, runs.narrow_split)
+    assert failed(checks) == ["may replace Production"]
+    assert "ALLOW_REPLACE" in checks["finding"]["may replace Production"]
+    assert failed(model.findings(runs.narrow, runs.narrow_split, allow_replace=True)) == []
+
+
+def test_model_of_synthetic_data_never_replaces_one_of_real_data(model, runs):
+    model.register(runs.good[0], runs.synthetic)
+    model.promote(1)
+    checks = model.findings(runs.synthetic, runs.synthetic_split)
+    assert failed(checks) == ["may replace Production"]
+    assert "synthetic" in checks["finding"]["may replace Production"]
+    model.promote(2)
+    assert failed(model.findings(runs.synthetic, runs.synthetic_split)) == []
+    assert failed(model.findings(runs.good[0])) == []
+
+
+def test_true_or_false_column_that_is_a_category_can_be_promoted(model, small_frame):
+    frame = small_frame(seed=3).assign(debtor=lambda table: table["width"] > 7)
+    split = split_frame(frame, categorical=["course", "debtor"])
+    assert split.X_train["debtor"].dtype == bool
+    model.runs.baseline = majority_baseline(split.y_train, split.y_test, split.labels)
+    assert failed(model.findings(log_run(split, fit_svm(split)), split)) == []
+
+
+# --- models that do not load --------------------------------------------------------------------
+
+
+def cut_short(folder):
+    (path,) = folder.rglob("classifier.joblib")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garbage(folder):
+    (path,) = folder.rglob("classifier.joblib")
+    content = path.read_bytes()
+    path.write_bytes(content[:50] + bytes(len(content) - 50))
+
+
+def no_pickle(folder):
+    (path,) = folder.rglob("classifier.joblib")
+    path.write_text("this is no model")
+
+
+def no_mlmodel(folder):
+    (folder / "MLmodel").unlink()
+
+
+@pytest.fixture
+def files_of(tracking_server):
+    """Find the folder of a run's logged model."""
+
+    def find(run):
+        (logged,) = run.outputs.model_outputs
+        (folder,) = tracking_server.workspace.artifacts.rglob(f"{logged.model_id}/artifacts")
+        return folder
+
+    return find
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, cut_short, garbage, no_pickle, no_mlmodel])
+def test_candidate_whose_files_are_destroyed_is_refused_and_not_registered(
+    model, runs, files_of, damage
+):
+    run = log_run(runs.split, runs.fitted)
+    damage(files_of(run))
+    checks, decision = model.try_to_promote(run)
+    assert list(checks.index) == failed(checks) == [LOADS]
+    assert (decision["decision"], decision["version"]) == ("refused", None)
+    assert LOADS in decision["why"]
+    assert model.stages == {}
+
+
+@pytest.mark.slow
+def test_production_that_no_longer_loads_is_replaced(model, runs, files_of, capsys):
+    lost = log_run(runs.split, runs.fitted)
+    model.try_to_promote(lost)
+    shutil.rmtree(files_of(lost))
+    metrics = registry.comparison({model.name: model.candidate(runs.weak)}, runs.baseline)
+    assert list(metrics) == [model.name, "majority class"]
+    assert "version 1 in Production does not load" in capsys.readouterr().out
+    checks = model.findings(runs.synthetic, runs.synthetic_split)
+    assert failed(checks) == ["may replace Production"]
+    checks, decision = model.try_to_promote(runs.weak)
+    assert failed(checks) == []
+    for check in ("may replace Production", "not worse than Production"):
+        assert "version 1 in Production does not load" in checks["finding"][check]
+    assert decision["decision"] == "in Production"
+    assert model.aliased == decision["version"]

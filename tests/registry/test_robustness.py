@@ -1,0 +1,120 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+
+from helpers import plots, registry
+from helpers.registry import attack
+from helpers.registry.robustness import Robustness
+
+
+class Unwrapped:
+    """A model as MLflow gives it, around a rule."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def unwrap_python_model(self):
+        return SimpleNamespace(predict=lambda context, rows: self.rule(rows))
+
+
+def threshold_model(labels, score):
+    """Answer the first label where the score is above 0, else the second."""
+
+    def rule(rows):
+        p = 1 / (1 + np.exp(-np.asarray(score(rows), dtype="float64")))
+        answer = {"prediction": np.where(p > 0.5, labels[0], labels[1])}
+        answer |= {f"probability_{label}": 0.0 for label in labels}
+        answer[f"probability_{labels[0]}"], answer[f"probability_{labels[1]}"] = p, 1 - p
+        return pd.DataFrame(answer)
+
+    return Unwrapped(rule)
+
+
+def attacked(split, score, n_rows=20):
+    """Attack a model that is right on every row."""
+    model = threshold_model(split.labels, score)
+    right = model.rule(split.X_test)["prediction"].to_numpy()
+    return attack.measure(model, replace(split, y_test=pd.Series(right)), n_rows)
+
+
+def test_constant_answer_never_flips(small_split):
+    result = attacked(small_split, lambda rows: np.full(len(rows), 3.0))
+    assert result.n_rows == 20
+    assert result.metrics()["robustness"] == 1
+    assert result.flip_rate == 0
+
+
+def test_answers_near_a_threshold_flip_by_that_column_and_the_others_hold(small_split):
+    middle = small_split.X_test["length"].median() + 1e-3
+    result = attacked(small_split, lambda rows: 4 * (rows["length"] - middle), 45)
+    spread = np.ptp(small_split.X_train["length"])
+    distance = (small_split.X_test["length"] - middle).abs()
+    within = float((distance < attack.LARGEST * spread).mean())
+    assert result.flip_rate == pytest.approx(within, abs=0.05)
+    assert set(result.columns[~np.isnan(result.columns)]) == {1.0}
+    assert result.flips.idxmax() == "length"
+    assert result.flips.drop("length").max() == 0
+
+
+def test_one_column_is_not_enough_where_two_have_to_move(small_split):
+    split = small_split
+    low, high = split.X_train["length"].min(), split.X_train["length"].max()
+    wide = np.ptp(split.X_train["width"])
+
+    def total(rows):
+        return (rows["length"] - low) / (high - low) + rows["width"] / wide
+
+    middle = total(split.X_test).median() + 1e-3
+    result = attacked(split, lambda rows: 20 * (total(rows) - middle), 45)
+    distance = (total(split.X_test) - middle).abs()
+    both = float((distance < 2 * attack.LARGEST).mean())
+    one = float((distance < attack.LARGEST).mean())
+    assert one < both
+    assert result.flip_rate == pytest.approx(both, abs=0.07)
+    assert np.nanmax(result.columns) == 2
+    assert result.one_column_rate <= one + 0.05
+
+
+def test_what_was_measured_is_read_back(small_split):
+    result = attacked(small_split, lambda rows: 4 * (rows["length"] - 1.5))
+    again = Robustness.from_json(result.to_json())
+    assert again.to_json() == result.to_json()
+    assert again.metrics() == result.metrics()
+    assert len(plots.robustness(again, "a model").axes) == 2
+
+
+def test_table_without_numbers_is_not_attacked(small_split):
+    drop = ["length", "width", "age"]
+    rest = replace(
+        small_split,
+        X_train=small_split.X_train.drop(columns=drop),
+        X_test=small_split.X_test.drop(columns=drop),
+        manifest={**small_split.manifest, "numeric": []},
+    )
+    assert attack.measure(None, rest, 5) is None
+
+
+def test_robustness_is_logged_with_the_run_and_measured_once(model, runs, monkeypatch):
+    candidate = model.candidate(runs.good[2])
+    measured = registry.attack_candidates({model.name: candidate}, 6)[model.name]
+    assert candidate.robustness is measured
+    assert measured.n_rows == 6
+    run = mlflow.get_run(runs.good[2].info.run_id)
+    assert run.data.metrics["robustness"] == 1 - measured.flip_rate
+    files = mlflow.MlflowClient().list_artifacts(run.info.run_id, "robustness")
+    assert {file.path for file in files} == {
+        "robustness/robustness.json",
+        "robustness/robustness.png",
+    }
+    monkeypatch.setattr(attack, "measure", None)
+    again = model.candidate(run)
+    assert (
+        registry.attack_candidates({model.name: again}, 6)[model.name].metrics()
+        == measured.metrics()
+    )
+    assert again.robustness is not None
+    assert registry.attack_candidates({model.name: again}, 0) == {}
