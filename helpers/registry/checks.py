@@ -45,9 +45,10 @@ class PromotionRules:
     min_robustness: float
 
 
-def _require(condition: bool, complaint: str) -> None:
+def _require(condition: bool, finding: str) -> str:
     if not condition:
-        raise CheckFailedError(complaint)
+        raise CheckFailedError(finding)
+    return finding
 
 
 def _check_loads(candidate, baseline, rules):
@@ -85,35 +86,31 @@ def _check_reproduced(candidate, baseline, rules):
     logged = candidate.metrics
     missing = sorted(set(recomputed) - set(logged))
     _require(not missing, f"not logged: {', '.join(missing)}")
-    worst = max(recomputed, key=lambda name: abs(recomputed[name] - logged[name]))
-    gap = abs(recomputed[worst] - logged[worst])
+    gaps = {name: abs(value - logged[name]) for name, value in recomputed.items()}
+    worst = max(gaps, key=gaps.get)
+    now, then = recomputed[worst], logged[worst]
     _require(
-        gap <= REPRODUCED,
-        f"{worst} is {recomputed[worst]:.4f} when loaded back, but {logged[worst]:.4f} was logged",
+        gaps[worst] <= REPRODUCED, f"{worst} is {now:.4f} when loaded back, {then:.4f} was logged"
     )
-    return f"{len(recomputed)} metrics, largest difference {gap:.1e}"
+    return f"{len(gaps)} metrics, largest difference {gaps[worst]:.1e}"
 
 
 def _check_baseline(candidate, baseline, rules):
     accuracy, floor = candidate.metrics["accuracy"], baseline["accuracy"] + rules.min_gain
-    _require(
-        accuracy >= floor,
-        f"accuracy {accuracy:.4f} is below {floor:.4f} (majority class + MIN_GAIN)",
-    )
-    return f"accuracy {accuracy:.4f}, majority class {baseline['accuracy']:.4f}"
+    finding = f"accuracy {accuracy:.4f}, needed {floor:.4f} (majority class + MIN_GAIN)"
+    return _require(accuracy >= floor, finding)
 
 
 def _check_robustness(candidate, baseline, rules):
-    result = candidate.robustness
+    result, wanted = candidate.robustness, rules.min_robustness
     if result is None:
-        _require(not rules.min_robustness, "not measured, but MIN_ROBUSTNESS asks for it")
+        _require(not wanted, "not measured, but MIN_ROBUSTNESS asks for it")
         return f"{NO_CONDITION}not measured"
     holds = 1 - result.flip_rate
     finding = f"{holds:.0%} of {result.n_rows} attacked rows hold"
-    _require(
-        holds >= rules.min_robustness, f"{finding}, MIN_ROBUSTNESS is {rules.min_robustness:.0%}"
-    )
-    return finding if rules.min_robustness else f"{NO_CONDITION}{finding}"
+    if not wanted:
+        return f"{NO_CONDITION}{finding}"
+    return _require(holds >= wanted, f"{finding}, needed {wanted:.0%} (MIN_ROBUSTNESS)")
 
 
 def _check_replaceable(candidate, baseline, rules):
@@ -122,11 +119,6 @@ def _check_replaceable(candidate, baseline, rules):
         return f"{NO_CONDITION}nothing in Production yet"
     if rules.allow_replace:
         return f"{NO_CONDITION}ALLOW_REPLACE is set"
-    _require(
-        champion.same_columns or champion.model is None,
-        f"{champion} takes other columns or gives other labels; its clients would break. Use "
-        "another WORKSPACE, or set ALLOW_REPLACE",
-    )
     synthetic = candidate.split.manifest["synthetic"]
     _require(
         not synthetic or champion.tags.get("synthetic_data") == "true",
@@ -135,6 +127,11 @@ def _check_replaceable(candidate, baseline, rules):
     )
     if champion.model is None:
         return f"{champion} does not load: it serves nobody"
+    _require(
+        champion.same_columns,
+        f"{champion} takes other columns or gives other labels; its clients would break. Use "
+        "another WORKSPACE, or set ALLOW_REPLACE",
+    )
     return f"same columns and labels as {champion}"
 
 
@@ -147,11 +144,8 @@ def _check_champion(candidate, baseline, rules):
         return f"{NO_CONDITION}{champion} {why}: there is nothing to compare with"
     own, production, basis = candidate.beside_champion
     score, floor = own["f1_macro"], production["f1_macro"] - rules.max_loss
-    _require(
-        score >= floor,
-        f"macro F1 {score:.4f} is below {floor:.4f} ({champion} on {basis}, less MAX_LOSS)",
-    )
-    return f"macro F1 {score:.4f}, {champion} {production['f1_macro']:.4f} on {basis}"
+    finding = f"macro F1 {score:.4f}, needed {floor:.4f} ({champion} on {basis}, less MAX_LOSS)"
+    return _require(score >= floor, finding)
 
 
 def _behaviour(check):

@@ -11,9 +11,9 @@ import pandas as pd
 from mlflow.entities.model_registry import ModelVersion
 
 from helpers import series, tracking
+from helpers.models.evaluation import HEADLINE
 from helpers.registry.production import metrics_of, number_of, production_version
 
-METRICS = ("accuracy", "f1_macro", "log_loss")  # of both versions of a promotion
 NONE = "none"  # the version before the first one
 COLUMNS = {  # of the history: where MLflow has them
     "when": "start_time",
@@ -44,15 +44,13 @@ def recorded(
         try:
             yield
         finally:
-            after = find()
-            first, then = number_of(before) or NONE, number_of(after) or NONE
-            mlflow.log_params(
-                {"action": action, "model": name, "from_version": first, "to_version": then}
-            )
-            for prefix, version in {"from": before, "to": after}.items():
+            numbers = {}
+            for side, version in {"from": before, "to": find()}.items():
+                numbers[f"{side}_version"] = number_of(version) or NONE
                 metrics = metrics_of(version)
-                mlflow.log_metrics({f"{prefix}_{m}": metrics[m] for m in METRICS if m in metrics})
-            title = f"{name}: version {first} → {then}"
+                mlflow.log_metrics({f"{side}_{m}": metrics[m] for m in HEADLINE if m in metrics})
+            mlflow.log_params({"action": action, "model": name, **numbers})
+            title = f"{name}: version {' → '.join(numbers.values())}"
             mlflow.MlflowClient().update_run(run.info.run_id, name=title)
 
 

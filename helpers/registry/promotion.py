@@ -70,40 +70,36 @@ class _Placement:
     stages: dict
 
     @classmethod
-    def of(cls, name):
+    def of(cls, name: str) -> "_Placement":
         stages = {number_of(version): version.current_stage for version in versions_of(name)}
         return cls(name, number_of(aliased_version(name)), stages)
 
-    def check(self, version, due):
-        """Make sure that a version was put in Production since if it was due, and else not."""
+    def check(self, version: ModelVersion | None, promotion: Promotion) -> None:
+        """Make sure that a cell did since what it was asked to do with a version, and no more."""
         now, number = _Placement.of(self.name), number_of(version)
         former, stage = self.stages.get(number, "None"), now.stages.get(number, "None")
-        if not due:
-            if number == now.alias != self.alias or STAGE == stage != former:
-                raise RegistryError(
-                    f"{self.name}: version {number} was put in Production, though it failed a "
-                    f"check or was there already. {UNDONE}"
-                )
-            return
-        # That both moved is enough: somebody else may have promoted after this cell.
-        done = {
-            "register_model": version is not None,
-            "set_registered_model_alias": now.alias != self.alias,
-            "transition_model_version_stage": stage == STAGE or stage != former,
-        }
-        missing = [call for call, called in done.items() if not called]
-        if missing:
+        if not promotion.due and (number == now.alias != self.alias or STAGE == stage != former):
             raise RegistryError(
-                f"{self.name} passed every check, but the cell lacks {', '.join(missing)}. {UNDONE}"
+                f"{self.name}: version {number} was put in Production, though it failed a check "
+                f"or was there already. {UNDONE}"
             )
+        # That both moved is enough: somebody else may have promoted after this cell.
+        missing = {
+            "register_model": promotion.loads and version is None,
+            "set_registered_model_alias": promotion.due and now.alias == self.alias,
+            "transition_model_version_stage": promotion.due and stage == former != STAGE,
+        }
+        if any(missing.values()):
+            calls = ", ".join(call for call, lacks in missing.items() if lacks)
+            raise RegistryError(f"{self.name}: the cell lacks {calls}. {UNDONE}")
 
-    def restore(self, version):
+    def restore(self, version: ModelVersion | None) -> None:
         """Put alias and stages back, except where somebody else promoted meanwhile."""
         client, now = mlflow.MlflowClient(), _Placement.of(self.name)
         if now.alias not in (self.alias, number_of(version)):
             _settle(self.name)
             return
-        if now.alias != self.alias and self.alias is None:
+        if self.alias is None and now.alias is not None:
             client.delete_registered_model_alias(self.name, ALIAS)
         elif now.alias != self.alias:
             client.set_registered_model_alias(self.name, ALIAS, self.alias)
@@ -115,31 +111,15 @@ class _Placement:
 
 @contextmanager
 def promoting(
-    candidate: Candidate,
-    checks: pd.DataFrame,
-    reason: str = "passed all checks",
-    by: str | None = None,
+    candidate: Candidate, checks: pd.DataFrame, reason: str, by: str | None = None
 ) -> Iterator[Promotion]:
     """Guard the lines of a cell that register a candidate and put it in Production.
 
-    Before the block the checks are made anew where another version went into Production since,
-    and what the monitoring compares with later is logged. After the block the version gets
-    its description and tags, and the history a run. After an error, an interrupt, or a block
-    that lacks a line Production is as it was.
-
-    Parameters
-    ----------
-    candidate : Candidate
-    checks : pandas.DataFrame
-        From `check_candidates`.
-    reason : str
-        For the history.
-    by : str, optional
-        Who promotes; default: the MLflow or system user.
-
-    Yields
-    ------
-    Promotion
+    Before the block the checks (from `check_candidates`) are made anew where another version
+    went into Production since, and what the monitoring compares with later is logged. After
+    the block the version gets its description and tags, and the history a run, with the reason
+    and who promotes (`by`; None: the MLflow or system user). After an error, an interrupt, or a
+    block that lacks a line Production is as it was.
 
     Raises
     ------
@@ -171,11 +151,12 @@ def promoting(
             # The line after it, which is all that a server without stages has.
             _set_alias(name, number_of(registered()))
         else:
-            before.check(registered(), promotion.due)
+            before.check(registered(), promotion)
         if failed.empty:
             _settle(name)
     if promotion.loads:
-        promotion.version = _describe_version(candidate, table)
+        promotion.version = registered()
+        _describe_version(promotion.version, candidate, failed)
     why = "; ".join(f"{title}: {finding}" for title, finding in failed["finding"].items())
     promotion.decision = {
         "version": number_of(promotion.version),
@@ -184,7 +165,7 @@ def promoting(
     }
 
 
-def _still_valid(candidate, table):
+def _still_valid(candidate: Candidate, table: pd.DataFrame) -> pd.DataFrame:
     """Return the checks, made anew where another version went into Production since."""
     checked = candidate.champion and number_of(candidate.champion.version)
     now = number_of(production_version(candidate.name))
@@ -194,37 +175,28 @@ def _still_valid(candidate, table):
     return check_candidate(replace(candidate), *candidate.measures)
 
 
-def _version_of(candidate):
-    """Return the version that was registered from the candidate's run, or None."""
+def _version_of(candidate: Candidate) -> ModelVersion | None:
+    """Return the version that was registered from the candidate's run."""
     found = (v for v in versions_of(candidate.name) if v.run_id == candidate.run.info.run_id)
     return next(found, None)
 
 
-def _describe_version(candidate: Candidate, table: pd.DataFrame) -> ModelVersion:
-    """Give a candidate's version its description and tags; what is there is not written again."""
-    client, version, name = mlflow.MlflowClient(), _version_of(candidate), candidate.name
-    if version is None:
-        raise RegistryError(f"{name} loads, but the cell lacks register_model. {UNDONE}")
-    failed = ", ".join(table.index[~table["passed"]])
-    outcome = {"checks": f"failed: {failed}" if failed else "passed"}
-    tags = {**tracking.data_tags(candidate.split.manifest), **outcome}
-    if not tags.items() <= version.tags.items():
-        client.update_model_version(name, version.version, _describe(candidate))
-        for key, value in tags.items():
-            client.set_model_version_tag(name, version.version, key, value)
-    return version
-
-
-def _describe(candidate):
-    manifest = candidate.split.manifest
-    text = (
-        f"Trained on {manifest['train_rows']:,} rows of {manifest['source']}; accuracy "
-        f"{candidate.metrics['accuracy']:.4f}, macro F1 {candidate.metrics['f1_macro']:.4f} on "
+def _describe_version(version: ModelVersion, candidate: Candidate, failed: pd.DataFrame) -> None:
+    """Give a version its description and tags; what is there is not written again."""
+    client, manifest, metrics = mlflow.MlflowClient(), candidate.split.manifest, candidate.metrics
+    outcome = f"failed: {', '.join(failed.index)}" if len(failed) else "passed"
+    tags = {**tracking.data_tags(manifest), "checks": outcome}
+    if tags.items() <= version.tags.items():
+        return
+    sample = "Trained on the SYNTHETIC sample; for practice only. " if manifest["synthetic"] else ""
+    description = (
+        f"{sample}Trained on {manifest['train_rows']:,} rows of {manifest['source']}; accuracy "
+        f"{metrics['accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
         f"{manifest['test_rows']:,} test rows."
     )
-    if manifest["synthetic"]:
-        text = "Trained on the SYNTHETIC sample; for practice only. " + text
-    return text
+    client.update_model_version(version.name, version.version, description)
+    for key, value in tags.items():
+        client.set_model_version_tag(version.name, version.version, key, value)
 
 
 @contextmanager
