@@ -53,20 +53,17 @@ def _require(condition: bool, finding: str) -> str:
 
 def _check_loads(candidate, baseline, rules):
     try:
-        return f"answers {len(candidate.answer):,} test rows"
+        answer = candidate.answer
     except LOAD_ERRORS as error:
         first_line = str(error).partition("\n")[0]
         raise CheckFailedError(f"{type(error).__name__}: {first_line}") from error
-
-
-def _check_interface(candidate, baseline, rules):
-    labels, answer = candidate.split.labels, candidate.answer
+    labels = candidate.split.labels
     wanted = ["prediction", *(f"probability_{label}" for label in labels)]
     _require(list(answer.columns) == wanted, f"answers {list(answer.columns)}, not {wanted}")
     _require(set(answer["prediction"]) <= set(labels), "predicts labels that are not in the CSV")
     sums = answer[wanted[1:]].sum(axis=1)
     _require(np.abs(sums - 1).max() < SUM_TOLERANCE, "probabilities do not sum to 1")
-    return "prediction and one probability per class"
+    return f"prediction and one probability per class for {len(answer):,} test rows"
 
 
 def _check_schema(candidate, baseline, rules):
@@ -157,7 +154,6 @@ def _behaviour(check):
 # rules, returns its finding, and raises CheckFailedError where the candidate must not be promoted.
 CHECKS = {
     LOADS: _check_loads,
-    "interface": _check_interface,
     "schema": _check_schema,
     "metrics reproduced": _check_reproduced,
     "better than the majority class": _check_baseline,
@@ -178,8 +174,8 @@ def check_candidate(
     Returns
     -------
     pandas.DataFrame
-        Index ``check``; columns ``passed`` (bool) and ``finding``. After a model that does not
-        load the other checks are left out.
+        Index ``check``; columns ``passed`` (bool) and ``finding``. Where a model does not
+        load, or answers in another form, the other checks are left out.
     """
     rows, candidate.measures = {}, (baseline, rules)
     for title, check in CHECKS.items():

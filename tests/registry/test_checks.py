@@ -6,8 +6,8 @@ from helpers import registry
 from helpers.display import COLOURS
 from helpers.models.evaluation import majority_baseline
 from helpers.registry import behaviour
-from helpers.registry.checks import CHECKS, LOADS
-from tests.registry.conftest import HALF_HOLDS, failed, log_run, split_frame
+from helpers.registry.checks import CHECKS, LOADS, check_candidate
+from tests.registry.conftest import HALF_HOLDS, RULES, failed, log_run, split_frame
 from tests.scoring import fit_svm
 
 
@@ -47,6 +47,26 @@ def test_min_robustness_needs_a_measurement(model, runs):
     checks = model.findings(runs.good[0], min_robustness=0.1)
     assert failed(checks) == ["robustness"]
     assert "not measured" in checks["finding"]["robustness"]
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (lambda answer: answer.iloc[:, ::-1], "answers ['probability_middle'"),
+        (lambda answer: answer.assign(prediction="else"), "labels that are not in the CSV"),
+        (lambda answer: answer.assign(probability_high=2.0), "do not sum to 1"),
+    ],
+)
+def test_answer_of_another_form_is_refused(model, runs, change, finding):
+    candidate = model.candidate(runs.good[0])
+    candidate.answer = change(candidate.answer)
+    checks = check_candidate(candidate, runs.baseline, RULES)
+    assert list(checks.index) == failed(checks) == [LOADS]
+    assert finding in checks["finding"][LOADS]
+
+
+def test_model_of_other_columns_than_the_data_is_refused(model, runs):
+    assert failed(model.findings(runs.narrow)) == ["schema"]
 
 
 def test_candidate_that_does_not_behave_is_refused(model, runs, monkeypatch):

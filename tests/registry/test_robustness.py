@@ -9,36 +9,22 @@ import pytest
 from helpers import plots, registry
 from helpers.registry import attack
 from helpers.registry.robustness import Robustness
-
-
-class Unwrapped:
-    """A model as MLflow gives it, around a rule."""
-
-    def __init__(self, rule):
-        self.rule = rule
-
-    def unwrap_python_model(self):
-        return SimpleNamespace(predict=lambda context, rows: self.rule(rows))
-
-
-def threshold_model(labels, score):
-    """Answer the first label where the score is above 0, else the second."""
-
-    def rule(rows):
-        p = 1 / (1 + np.exp(-np.asarray(score(rows), dtype="float64")))
-        answer = {"prediction": np.where(p > 0.5, labels[0], labels[1])}
-        answer |= {f"probability_{label}": 0.0 for label in labels}
-        answer[f"probability_{labels[0]}"], answer[f"probability_{labels[1]}"] = p, 1 - p
-        return pd.DataFrame(answer)
-
-    return Unwrapped(rule)
+from tests.registry.conftest import with_manifest
 
 
 def attacked(split, score, n_rows=20):
-    """Attack a model that is right on every row."""
-    model = threshold_model(split.labels, score)
-    right = model.rule(split.X_test)["prediction"].to_numpy()
-    return attack.measure(model, replace(split, y_test=pd.Series(right)), n_rows)
+    """Attack a model that is right everywhere: one label where a score is above 0, else another."""
+    one, other, never = split.labels
+
+    def predict(context, rows):
+        p = 1 / (1 + np.exp(-np.asarray(score(rows), dtype="float64")))
+        answer = pd.DataFrame({"prediction": np.where(p > 0.5, one, other)})
+        shares = {one: p, other: 1 - p, never: 0.0}
+        return answer.assign(**{f"probability_{label}": share for label, share in shares.items()})
+
+    model = SimpleNamespace(unwrap_python_model=lambda: SimpleNamespace(predict=predict))
+    right = predict(None, split.X_test)["prediction"]
+    return attack.measure(model, replace(split, y_test=right), n_rows)
 
 
 def test_constant_answer_never_flips(small_split):
@@ -88,14 +74,7 @@ def test_what_was_measured_is_read_back(small_split):
 
 
 def test_table_without_numbers_is_not_attacked(small_split):
-    drop = ["length", "width", "age"]
-    rest = replace(
-        small_split,
-        X_train=small_split.X_train.drop(columns=drop),
-        X_test=small_split.X_test.drop(columns=drop),
-        manifest={**small_split.manifest, "numeric": []},
-    )
-    assert attack.measure(None, rest, 5) is None
+    assert attack.measure(None, with_manifest(small_split, numeric=[]), 5) is None
 
 
 def test_robustness_is_logged_with_the_run_and_measured_once(model, runs, monkeypatch):
@@ -106,15 +85,10 @@ def test_robustness_is_logged_with_the_run_and_measured_once(model, runs, monkey
     run = mlflow.get_run(runs.good[2].info.run_id)
     assert run.data.metrics["robustness"] == 1 - measured.flip_rate
     files = mlflow.MlflowClient().list_artifacts(run.info.run_id, "robustness")
-    assert {file.path for file in files} == {
-        "robustness/robustness.json",
-        "robustness/robustness.png",
-    }
+    names = {"robustness/robustness.json", "robustness/robustness.png"}
+    assert {file.path for file in files} == names
     monkeypatch.setattr(attack, "measure", None)
     again = model.candidate(run)
-    assert (
-        registry.attack_candidates({model.name: again}, 6)[model.name].metrics()
-        == measured.metrics()
-    )
-    assert again.robustness is not None
+    assert registry.attack_candidates({model.name: again}, 6) == {model.name: again.robustness}
+    assert again.robustness.metrics() == measured.metrics()
     assert registry.attack_candidates({model.name: again}, 0) == {}
