@@ -146,6 +146,9 @@ class RegisteredModel:
         for version in versions:
             registry.promote(self.name, version, "promoted")
 
+    def rollback(self):
+        return registry.rollback(self.name, "complaint")
+
     def set_alias(self, version):
         mlflow.MlflowClient().set_registered_model_alias(self.name, "production", version)
 

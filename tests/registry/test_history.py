@@ -6,38 +6,34 @@ from helpers import registry
 from helpers.registry.promotion import RegistryError
 from helpers.server import credentials, users
 
+PROMOTED = [("promote", "1"), ("promote", "2")]
 
-def test_rollback_goes_one_version_back_at_each_call_until_nothing_is_left(model, runs):
+
+@pytest.mark.parametrize(
+    ("done", "back"),
+    [
+        ([], []),
+        ([("promote", "1")], []),
+        ([*PROMOTED, ("promote", "3")], ["2", "1"]),
+        pytest.param([*PROMOTED, ("rollback",), ("promote", "3")], ["1"], marks=pytest.mark.slow),
+        pytest.param([*PROMOTED, ("set_alias", "3")], ["2", "1"], marks=pytest.mark.slow),
+        pytest.param([*PROMOTED, ("set_alias", "1")], ["2", "1"], marks=pytest.mark.slow),
+    ],
+)
+def test_rollback_undoes_each_promotion_once_until_nothing_is_left(model, runs, done, back):
     model.register(*runs.good)
-    model.promote(1, 2, 3)
-    assert registry.rollback(model.name, "first complaint").version == "2"
-    assert model.aliased == "2"
-    assert model.stages == {"1": "Archived", "2": "Production", "3": "Archived"}
-    assert registry.rollback(model.name, "second complaint").version == "1"
-    assert model.stages == {"1": "Production", "2": "Archived", "3": "Archived"}
+    for call, *arguments in done:
+        getattr(model, call)(*arguments)
+    for expected in back:
+        left = model.aliased
+        assert model.rollback().version == expected
+        assert model.aliased == expected
+        assert [n for n, stage in model.stages.items() if stage == "Production"] == [expected]
+        event = model.history.iloc[0]
+        assert (event["from_version"], event["to_version"]) == (left, expected)
     with pytest.raises(RegistryError, match=model.name):
-        registry.rollback(model.name, "third complaint")
-    assert model.aliased == "1"
-    assert len(model.history) == 5
-
-
-@pytest.mark.slow
-def test_version_promoted_after_a_rollback_is_rolled_back_to_the_one_before(model, runs):
-    model.register(*runs.good)
-    model.promote(1, 2)
-    registry.rollback(model.name, "complaint")
-    model.promote(3)
-    assert registry.rollback(model.name, "complaint again").version == "1"
-
-
-def test_nothing_to_roll_back_to_before_and_after_a_first_promotion(model, runs):
-    model.register(runs.good[0])
-    with pytest.raises(RegistryError, match=model.name):
-        registry.rollback(model.name, "nothing promoted")
-    model.promote(1)
-    with pytest.raises(RegistryError, match=model.name):
-        registry.rollback(model.name, "only one")
-    assert model.aliased == "1"
+        model.rollback()
+    assert model.stages.get((back or ["1"])[-1]) == ("Production" if done else "None")
 
 
 def test_history_says_who_when_from_to_why_and_how_good(model, runs):
@@ -91,7 +87,7 @@ def test_version_promoted_through_the_stage_alone_is_in_production(model, runs):
     model.promote(2)
     assert model.history["from_version"].tolist() == ["1"]
     assert model.stages == {"1": "Archived", "2": "Production"}
-    assert registry.rollback(model.name, "complaint").version == "1"
+    assert model.rollback().version == "1"
     assert model.aliased == "1"
 
 
@@ -102,27 +98,3 @@ def test_promoting_the_version_set_by_hand_adds_what_is_missing(model, runs):
     assert (model.aliased, model.stages["1"]) == ("1", "Production")
     model.set_alias("2")
     assert registry.promote(model.name, 2, "adopted").current_stage == "Production"
-
-
-@pytest.mark.slow
-def test_rollback_from_an_alias_moved_forward_by_hand_goes_to_the_last_one_promoted(model, runs):
-    model.register(*runs.good)
-    model.promote(1, 2)
-    model.set_alias("3")
-    assert registry.rollback(model.name, "by hand was wrong").version == "2"
-    assert (model.aliased, model.stages["2"]) == ("2", "Production")
-    assert model.history["from_version"].iloc[0] == "3"
-    assert registry.rollback(model.name, "further back").version == "1"
-
-
-@pytest.mark.slow
-def test_rollback_from_an_alias_moved_back_by_hand_never_goes_to_that_version(model, runs):
-    model.register(*runs.good)
-    model.promote(1, 2)
-    model.set_alias("1")
-    assert registry.rollback(model.name, "complaint").version == "2"
-    event = model.history.iloc[0]
-    assert (event["from_version"], event["to_version"]) == ("1", "2")
-    assert registry.rollback(model.name, "complaint").version == "1"
-    with pytest.raises(RegistryError, match=model.name):
-        registry.rollback(model.name, "nothing is left")

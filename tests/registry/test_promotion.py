@@ -224,7 +224,7 @@ def test_promotion_that_fails_half_way_leaves_production_and_can_be_done_again(
     assert (version.version, version.current_stage) == ("2", "Production")
     assert version.aliases == ["production"]
     assert model.history["result"].tolist() == ["FINISHED", "FAILED", "FINISHED"]
-    assert registry.rollback(model.name, "complaint").version == "1"
+    assert model.rollback().version == "1"
 
 
 @pytest.mark.slow
