@@ -61,7 +61,7 @@ def _check_loads(candidate, baseline, rules):
     wanted = ["prediction", *(f"probability_{label}" for label in labels)]
     _require(list(answer.columns) == wanted, f"answers {list(answer.columns)}, not {wanted}")
     _require(set(answer["prediction"]) <= set(labels), "predicts labels that are not in the CSV")
-    sums = answer[wanted[1:]].sum(axis=1)
+    sums = answer[wanted[1:]].to_numpy().sum(axis=1)
     _require(np.abs(sums - 1).max() < SUM_TOLERANCE, "probabilities do not sum to 1")
     return f"prediction and one probability per class for {len(answer):,} test rows"
 

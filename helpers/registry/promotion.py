@@ -254,7 +254,9 @@ def _settle(name: str) -> None:
             return
 
 
-def _move_to_production(action, version, reason, by):
+def _move_to_production(
+    action: str, version: ModelVersion, reason: str, by: str | None
+) -> ModelVersion:
     """Put a version in Production and record it as a run of the history.
 
     The alias, which decides what clients load, moves last: until then they get the version
@@ -315,25 +317,19 @@ def rollback(name: str, reason: str, by: str | None = None) -> ModelVersion:
 
 
 def require_promoted(decisions: dict[str, dict[str, str]]) -> None:
-    """Say why candidates were refused; in a batch run, fail.
-
-    Parameters
-    ----------
-    decisions : dict of str to dict
-        `Promotion.decision` by model.
+    """Say why candidates were refused (`Promotion.decision` by model); in a batch run, fail.
 
     Raises
     ------
     PromotionRefusedError
         In a batch run, if a candidate was refused.
     """
-    refused = {
-        name: each["why"] for name, each in decisions.items() if each["decision"] == "refused"
-    }
+    made = decisions.items()
+    refused = [f"{name}: {each['why']}" for name, each in made if each["decision"] == "refused"]
     if not refused:
         notice("Every candidate passed and is in Production.", level="good")
         return
-    message = "Not promoted: " + " | ".join(f"{name}: {why}" for name, why in refused.items())
+    message = f"Not promoted: {' | '.join(refused)}"
     if not is_interactive():
         raise PromotionRefusedError(message)
     notice(message, level="bad")

@@ -3,8 +3,13 @@
 Counts of values, quantiles, and metrics: what the monitoring compares production with later.
 """
 
-import numpy as np
+from collections.abc import Sequence
 
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from helpers.data import Split
 from helpers.models.evaluation import compute_metrics
 
 REFERENCE = "monitoring/reference.json"  # artifact of the run of a version
@@ -13,15 +18,10 @@ QUANTILES = 201
 BINS = 10  # of the confidence, for the calibration error
 
 
-def calibration(y_true, answer, labels):
+def calibration(y_true: ArrayLike, answer: pd.DataFrame, labels: Sequence) -> dict[str, float]:
     """Compute how well probabilities match how often the predictions are right.
 
-    Parameters
-    ----------
-    y_true : array-like, shape (n_rows,)
-    answer : pandas.DataFrame
-        ``prediction`` and ``probability_<label>``.
-    labels : sequence
+    `answer` has ``prediction`` and ``probability_<label>``.
 
     Returns
     -------
@@ -39,14 +39,8 @@ def calibration(y_true, answer, labels):
     }
 
 
-def make_reference(split, answer):
+def make_reference(split: Split, answer: pd.DataFrame) -> dict:
     """Summarise the training rows and the answer to the test rows.
-
-    Parameters
-    ----------
-    split : helpers.data.Split
-    answer : pandas.DataFrame
-        The model's answer to the test rows.
 
     Returns
     -------
@@ -65,12 +59,12 @@ def make_reference(split, answer):
     }
 
 
-def _counts(values):
+def _counts(values: pd.Series) -> list:
     """Return [value as text, count] pairs; numbers as they are written in a CSV."""
     return [[level, int(count)] for level, count in levels(values).value_counts().items()]
 
 
-def levels(values):
+def levels(values: pd.Series) -> pd.Series:
     """Return values as texts that are the same for 3 and 3.0; missing ones are ''."""
 
     def text(value):
@@ -80,7 +74,7 @@ def levels(values):
     return values.map(text, na_action="ignore").astype(object).where(values.notna(), "")
 
 
-def _summary(column, categorical):
+def _summary(column: pd.Series, categorical: bool) -> dict:
     if categorical or column.dtype.kind not in "iuf":
         return {"kind": "levels", "counts": _counts(column)}
     known = column.dropna().astype("float64")

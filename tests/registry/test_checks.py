@@ -1,5 +1,6 @@
 import shutil
 
+import numpy as np
 import pytest
 
 from helpers import registry
@@ -55,6 +56,7 @@ def test_min_robustness_needs_a_measurement(model, runs):
         (lambda answer: answer.iloc[:, ::-1], "answers ['probability_middle'"),
         (lambda answer: answer.assign(prediction="else"), "labels that are not in the CSV"),
         (lambda answer: answer.assign(probability_high=2.0), "do not sum to 1"),
+        (lambda answer: answer.assign(probability_high=np.nan), "do not sum to 1"),
     ],
 )
 def test_answer_of_another_form_is_refused(model, runs, change, finding):
