@@ -4,7 +4,7 @@ from helpers import server
 from helpers.colab import safe_copy
 from helpers.colab.safe_copy import NoCopy, SafeCopy
 from helpers.display import set_up
-from helpers.settings import SETTINGS, check_parameters
+from helpers.settings import check_parameters, parameters
 from helpers.workspace import Workspace, open_workspace
 
 WITHOUT_SERVER = "01"  # the notebook that logs nothing
@@ -18,8 +18,7 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
     name : str
         Of the notebook, such as ``02_cnn_training``.
     namespace : dict
-        The notebook's ``globals()``. The parameters in it, which are those with a name of
-        `helpers.settings.SETTINGS`, are replaced by their checked values.
+        The notebook's ``globals()``. The parameters in it are replaced by their checked values.
 
     Returns
     -------
@@ -34,7 +33,7 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
     helpers.workspace.WorkspaceError, helpers.colab.safe_copy.SafeCopyError
         If the workspace or the safe copy cannot be used.
     """
-    given = {parameter: namespace[parameter] for parameter in SETTINGS if parameter in namespace}
+    given = {each: namespace[each] for each in parameters() if each in namespace}
     checked = check_parameters(**given)
     namespace.update(checked)
     set_up()

@@ -1,146 +1,164 @@
-"""The parameters of the notebooks: what they must be, and how they are checked."""
+"""The parameters of the notebooks: read from their cells, checked, and shown as a table.
 
+The cell tagged ``parameters`` of a notebook says name, type, default and meaning of each; `BOUNDS`
+says what a cell cannot. ``python -m helpers.settings`` writes the table into
+``helpers/README.md``.
+"""
+
+import ast
 import json
 import os
+import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 
-from helpers.workspace import ParameterError
+from helpers.series import STEPS
+from helpers.workspace import PROJECT_ROOT, ParameterError
+
+README = PROJECT_ROOT / "helpers" / "README.md"
+KINDS = {
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "True or False"),
+    "list": (list, "a list"),
+}
+# As papermill reads a line of the cell; papermill itself takes seconds to import.
+LINE = re.compile(r"(?P<name>\w+): (?P<kind>\w+) = (?P<default>.*?)  # (?P<help>.+)")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One parameter of the notebooks.
+class Bounds:
+    """What a parameter may be, besides its type.
 
     Attributes
     ----------
-    kind : type
-        What the value must be; ``list`` also takes a JSON list or a comma-separated text, the
-        only forms that the papermill command line can pass.
-    description : str
-        One line for the README's table of settings.
-    environment : str or None
-        Environment variable used when the parameter is None.
-    optional : bool
-        Whether None is a value of its own ("use the default").
     minimum, maximum : float or None
-        Bounds of the value, or of each item of a list; both included.
-    choices : tuple or None
-        The only values allowed.
+        Of the value, or of each number of a list; both included.
     excluded : tuple
-        Values between the bounds that are not allowed.
-    items : type
-        What a list must hold: texts, or numbers, of which there must be one at least.
+        Values between them that are not allowed.
+    choices : tuple
+        The only values allowed, of any type.
+    environment : bool
+        Whether an environment variable of the parameter's name is used where it is None.
     """
 
-    kind: type
-    description: str
-    environment: str | None = None
-    optional: bool = False
     minimum: float | None = None
     maximum: float | None = None
-    choices: tuple | None = None
     excluded: tuple = ()
-    items: type = str
+    choices: tuple = ()
+    environment: bool = False
+
+    def __str__(self):
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}"
+        if self.minimum is None:
+            return ""
+        low, high = self.minimum, self.maximum
+        between = f"at least {low}" if high is None else f"between {low} and {high}"
+        return between + "".join(f" and not {each}" for each in self.excluded)
+
+    def hold(self, value: float) -> bool:
+        """Tell whether a number is within the bounds; NaN is not."""
+        above = self.minimum is None or value >= self.minimum
+        below = self.maximum is None or value <= self.maximum
+        return above and below and value not in self.excluded
 
 
-SETTINGS = {
-    "WORKSPACE": Setting(
-        str, "folder for data, runs, models and executed notebooks", "WORKSPACE", optional=True
-    ),
-    "SEED": Setting(
-        int,
-        "governs the split (and with it the folds), the initial weights and the order of the rows",
-        minimum=0,
-        maximum=2**32 - 1,
-    ),
-    "DATA_SOURCE": Setting(str, "`auto`, `uci`, `sample`, or a path or URL of a CSV"),
-    "TARGET": Setting(str, "name of the column to predict"),
-    "CATEGORICAL": Setting(
-        list, "columns whose numbers are codes (default: inferred)", optional=True
-    ),
-    "DROP": Setting(list, "columns to leave out, such as identifiers", optional=True),
-    "TEST_SIZE": Setting(
-        float, "share of the rows held out for the test", minimum=0.05, maximum=0.5
-    ),
-    "FILTERS": Setting(int, "filters of the convolution", minimum=1, maximum=1024),
-    "KERNEL_SIZE": Setting(int, "neighbouring inputs seen by one filter", minimum=1, maximum=64),
-    "L2": Setting(float, "weight penalty of the network", minimum=0, maximum=1),
-    "LEARNING_RATE": Setting(
-        float, "step size of Adam at the start; it falls along a cosine", minimum=1e-6, maximum=1
-    ),
-    "BATCH_SIZE": Setting(int, "rows per training step", minimum=1),
-    "EPOCHS": Setting(int, "passes over the training rows; small tables get more", minimum=1),
-    "VALIDATION_SIZE": Setting(
-        float, "share of the training rows held out in the rehearsal", minimum=0.05, maximum=0.5
-    ),
-    "CLASS_WEIGHT_POWER": Setting(
-        float, "0: no class weights, 1: balanced, between: milder", minimum=0, maximum=1
-    ),
-    "N_BINS": Setting(
-        int,
-        "quantile bins of the piecewise-linear codes of each number; 0: no codes",
-        minimum=0,
-        maximum=64,
-    ),
-    "C_EXPONENTS": Setting(list, "powers of two tried for C", minimum=-60, maximum=60, items=float),
-    "GAMMA_EXPONENTS": Setting(
-        list, "powers of two tried for gamma", minimum=-60, maximum=60, items=float
-    ),
-    "BEYOND_EDGES": Setting(
-        bool,
-        "go on beyond the grid where the best pair lies on its edge "
-        "(default: on for tables other than the students')",
-        optional=True,
-    ),
-    "CV_FOLDS": Setting(int, "folds of the cross-validation", minimum=2, maximum=20),
-    "N_JOBS": Setting(int, "threads of the search; -1: one per core", minimum=-1, excluded=(0,)),
-    "MIN_GAIN": Setting(
-        float,
-        "accuracy a candidate must have above the majority class",
-        minimum=0,
-        maximum=1,
-    ),
-    "MAX_LOSS": Setting(
-        float,
-        "macro F1 a candidate may be below the version in Production",
-        minimum=0,
-        maximum=1,
-    ),
-    "ALLOW_REPLACE": Setting(
-        bool, "promote even where Production was trained on another kind of table"
-    ),
-    "MIN_ROBUSTNESS": Setting(
-        float,
-        "share of attacked rows whose answer must hold; 0: any",
-        minimum=0,
-        maximum=1,
-    ),
-    "ATTACKED_ROWS": Setting(
-        int, "test rows on which robustness is measured; 0: not measured", minimum=0
-    ),
-    "REASON": Setting(str, "why the candidates are promoted, for the history"),
-    "PROMOTED_BY": Setting(
-        str, "who promotes, for the history (default: the user name)", optional=True
-    ),
-    "DEMO_TRAFFIC": Setting(bool, "send the test rows and their labels as a first day of traffic"),
-    "PERIOD": Setting(
-        str,
-        "length of a period of the monitoring: hour, day, week or month",
-        choices=("h", "D", "W", "M"),
-    ),
-    "DRIVE_FOLDER": Setting(
-        str,
-        "folder of the safe copy, also `MyDrive/…`; `off`: none (default in Colab: by USE_DRIVE)",
-        "DRIVE_FOLDER",
-        optional=True,
-    ),
-    "EXPOSE_UI": Setting(
-        str,
-        "show the MLflow UI at a public address; `auto`: where there is a token",
-        choices=("auto", True, False),
-    ),
+BOUNDS = {
+    "WORKSPACE": Bounds(environment=True),
+    "DRIVE_FOLDER": Bounds(environment=True),
+    "EXPOSE_UI": Bounds(choices=("auto", True, False)),
+    "SEED": Bounds(0, 2**32 - 1),
+    "TEST_SIZE": Bounds(0.05, 0.5),
+    "FILTERS": Bounds(1, 1024),
+    "KERNEL_SIZE": Bounds(1, 64),
+    "N_BINS": Bounds(0, 64),
+    "L2": Bounds(0, 1),
+    "LEARNING_RATE": Bounds(1e-6, 1),
+    "BATCH_SIZE": Bounds(1),
+    "EPOCHS": Bounds(1),
+    "VALIDATION_SIZE": Bounds(0.05, 0.5),
+    "CLASS_WEIGHT_POWER": Bounds(0, 1),
+    "C_EXPONENTS": Bounds(-60, 60),
+    "GAMMA_EXPONENTS": Bounds(-60, 60),
+    "CV_FOLDS": Bounds(2, 20),
+    "N_JOBS": Bounds(-1, excluded=(0,)),
+    "MIN_GAIN": Bounds(0, 1),
+    "MAX_LOSS": Bounds(0, 1),
+    "MIN_ROBUSTNESS": Bounds(0, 1),
+    "ATTACKED_ROWS": Bounds(0),
+    "PERIOD": Bounds(choices=("h", "D", "W", "M")),
 }
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as the notebooks declare it, and its bounds; one with default None is optional.
+
+    Attributes
+    ----------
+    kind : str
+        A key of `KINDS`. A list with bounds holds numbers, one at least; another one texts.
+    meanings : list of str
+        The comment on its line in each notebook, where they differ.
+    notebooks : list of str
+        Numbers of the notebooks that have it.
+    """
+
+    name: str
+    kind: str
+    default: object
+    bounds: Bounds
+    meanings: list[str] = field(default_factory=list)
+    notebooks: list[str] = field(default_factory=list)
+
+    @property
+    def meaning(self) -> str:
+        """What it means, on one line."""
+        return "; ".join(self.meanings)
+
+    @property
+    def allowed(self) -> str:
+        """Bounds and environment variable, for tables."""
+        variable = f"None: ${self.name}" if self.bounds.environment else ""
+        return str(self.bounds) or variable
+
+    @property
+    def shown_default(self) -> str:
+        """The default as source code, a long list cut short."""
+        if isinstance(self.default, list) and len(self.default) > 3:
+            return f"[{self.default[0]}, …, {self.default[-1]}]"
+        return repr(self.default)
+
+
+def parameters_cell(path) -> str:
+    """Return the source of a notebook's cell that is tagged ``parameters``; "" without one."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    tagged = (cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    return "".join(next(tagged, {"source": ""})["source"])
+
+
+@cache
+def parameters() -> dict[str, Parameter]:
+    """Return all parameters by name, in the order of the notebooks."""
+    found = {}
+    for number, step in STEPS.items():
+        for line in LINE.finditer(parameters_cell(step.path)):
+            name, kind, default, meaning = line.groups()
+            new = Parameter(name, kind, ast.literal_eval(default), BOUNDS.get(name, Bounds()))
+            parameter = found.setdefault(name, new)
+            parameter.notebooks.append(number)
+            if meaning not in parameter.meanings:
+                parameter.meanings.append(meaning)
+    return found
+
+
+# --- checking ---------------------------------------------------------------------------------
 
 
 def as_list(value):
@@ -155,76 +173,43 @@ def as_list(value):
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def _is_kind(value, kind):
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+def _is_kind(value, kind: str) -> bool:
+    # In Python True is a whole number, too.
+    return isinstance(value, KINDS[kind][0]) and (kind == "bool") == isinstance(value, bool)
 
 
-def _within(value, low, high):
-    # Written so that NaN, which is neither below nor above, is refused too.
-    return (low is None or value >= low) and (high is None or value <= high)
+def _checked(name: str, value):
+    parameter = parameters()[name]
+    bounds = parameter.bounds
 
+    def require(good, wanted):
+        if not good:
+            raise ParameterError(f"{name} must be {wanted} ({parameter.meaning}), not {value!r}.")
 
-def _checked_items(name, values, setting):
-    low, high = setting.minimum, setting.maximum
-    if setting.items is str:
-        good, wanted = all(isinstance(item, str) for item in values), "a list of texts"
-    else:
-        with suppress(ValueError):
-            values = [float(item) if isinstance(item, str) else item for item in values]
-        numbers = all(_is_kind(item, float) and _within(item, low, high) for item in values)
-        good = numbers and len(values) > 0
-        wanted = f"a list of one or more numbers between {low:g} and {high:g}"
-    if not good:
-        raise ParameterError(f"{name} must be {wanted} ({setting.description}), not {values!r}.")
-    return values
-
-
-def _checked(name, value):
-    setting = SETTINGS[name]
-    if value is None and setting.environment and os.environ.get(setting.environment):
-        value = os.environ[setting.environment]
-    if value is None and setting.optional:
-        return None
-    if setting.kind is list:
-        value = as_list(value)
-    if setting.choices is not None:
-        if value not in setting.choices:
-            allowed = ", ".join(map(repr, setting.choices))
-            raise ParameterError(
-                f"{name} must be one of {allowed} ({setting.description}), not {value!r}."
-            )
+    if value is None and bounds.environment:
+        value = os.environ.get(name) or None
+    if bounds.choices:
+        require(value in bounds.choices, bounds)
         return value
-    wanted = {str: "a text", int: "a whole number", float: "a number", list: "a list"}
-    if not _is_kind(value, setting.kind):
-        raise ParameterError(
-            f"{name} must be {wanted.get(setting.kind, 'True or False')} "
-            f"({setting.description}), not {value!r}."
-        )
-    if setting.kind is list:
-        return _checked_items(name, value, setting)
-    low, high = setting.minimum, setting.maximum
-    if not _within(value, low, high) or value in setting.excluded:
-        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-        but = "".join(f" and not {each}" for each in setting.excluded)
-        raise ParameterError(
-            f"{name} must be {bounds}{but} ({setting.description}), not {value!r}."
-        )
-    if setting.kind is float:
-        return float(value)
-    return value
+    if value is None and parameter.default is None:
+        return None
+    if parameter.kind == "list":
+        value = as_list(value)
+    require(_is_kind(value, parameter.kind), KINDS[parameter.kind][1])
+    if parameter.kind == "list" and str(bounds):
+        with suppress(ValueError):
+            value = [float(item) if isinstance(item, str) else item for item in value]
+        numbers = all(_is_kind(item, "float") and bounds.hold(item) for item in value)
+        require(value and numbers, f"a list of one or more numbers {bounds}")
+    elif parameter.kind == "list":
+        require(all(isinstance(item, str) for item in value), "a list of texts")
+    elif str(bounds):
+        require(bounds.hold(value), bounds)
+    return float(value) if parameter.kind == "float" else value
 
 
-def check_parameters(**parameters):
-    """Check the parameters of a notebook and fill in environment variables.
-
-    Parameters
-    ----------
-    **parameters
-        Names from `SETTINGS` with the values of the notebook's ``parameters`` cell.
+def check_parameters(**values) -> dict:
+    """Check values of parameters and fill in environment variables.
 
     Returns
     -------
@@ -237,4 +222,41 @@ def check_parameters(**parameters):
     ParameterError
         If a value is of the wrong type or out of bounds; names the parameter.
     """
-    return {name: _checked(name, value) for name, value in parameters.items()}
+    return {name: _checked(name, value) for name, value in values.items()}
+
+
+# --- showing ----------------------------------------------------------------------------------
+
+
+def help_text() -> str:
+    """Return the parameters for a command line's help."""
+    lines = ["parameters (-p NAME VALUE):"]
+    for each in parameters().values():
+        bounds = f", {each.allowed}" if each.allowed else ""
+        lines.append(f"  {each.name}: {each.kind} = {each.shown_default}{bounds}")
+        lines.append(f"      {each.meaning} [{', '.join(each.notebooks)}]")
+    return "\n".join(lines)
+
+
+def markdown_table() -> str:
+    """Return the parameters as a table in Markdown."""
+    lines = [
+        "| parameter | default | type | notebooks | meaning | allowed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for each in parameters().values():
+        notebooks = "all" if len(each.notebooks) == len(STEPS) else ", ".join(each.notebooks)
+        cells = (f"`{each.name}`", f"`{each.shown_default}`", each.kind, notebooks)
+        lines.append(f"| {' | '.join((*cells, each.meaning, each.allowed))} |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """Return a text in Markdown with today's table between its two marks."""
+    before, begin, rest = text.partition("<!-- parameters -->\n")
+    _, end, after = rest.partition("\n<!-- /parameters -->")
+    return before + begin + markdown_table() + end + after
+
+
+if __name__ == "__main__":
+    README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")

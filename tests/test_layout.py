@@ -7,7 +7,8 @@ from helpers.workspace import PROJECT_ROOT
 HELPERS = PROJECT_ROOT / "helpers"
 FLOORS = (
     "workspace",
-    "display series settings",
+    "display series",
+    "settings",
     "data server colab",
     "models",
     "plots",

@@ -1,8 +1,17 @@
-"""Values of the notebooks' parameters are taken, or refused naming the parameter."""
+"""The parameters: as the notebooks declare them, as they are checked, as they are shown."""
 
+import papermill
 import pytest
 
-from helpers.settings import SETTINGS, check_parameters
+from helpers.series import STEPS
+from helpers.settings import (
+    BOUNDS,
+    README,
+    check_parameters,
+    help_text,
+    parameters,
+    with_table,
+)
 from helpers.workspace import ParameterError
 
 NAN = float("nan")
@@ -11,8 +20,8 @@ WRONG = {
     "SEED": ["0", 0.5, -1, 2**32, True, None],
     "DATA_SOURCE": [None, 3, ["a.csv"]],
     "TARGET": [None, 1],
-    "CATEGORICAL": [5, "[broken", True, [3]],
-    "DROP": [5, "[broken", {"a": 1}, [3]],
+    "CATEGORICAL": [5, "[broken", True],
+    "DROP": [5, "[broken", {"a": 1}],
     "TEST_SIZE": ["0.3", 0, 1, 0.9, -0.1, None, True, NAN],
     "FILTERS": [0, 1.5, "32", None, 5000],
     "KERNEL_SIZE": [0, 2.0, None, 65],
@@ -42,16 +51,17 @@ WRONG = {
 }
 
 
-def test_wrong_values_are_listed_for_every_setting():
-    assert set(SETTINGS) - set(WRONG) == set()
+def test_wrong_values_are_listed_for_every_parameter():
+    assert set(WRONG) == set(parameters())
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
 )
-def test_wrong_value_is_refused_naming_the_parameter(name, value):
-    with pytest.raises(ParameterError, match=f"^{name} "):
+def test_wrong_value_is_refused_with_name_and_meaning(name, value):
+    with pytest.raises(ParameterError, match=f"^{name} must be ") as caught:
         check_parameters(**{name: value})
+    assert f" ({parameters()[name].meaning}), not " in str(caught.value)
 
 
 def test_right_values_are_taken_and_lists_may_be_texts(monkeypatch):
@@ -79,3 +89,29 @@ def test_right_values_are_taken_and_lists_may_be_texts(monkeypatch):
         "BEYOND_EDGES": None,
     }
     assert check_parameters(WORKSPACE="/explicit")["WORKSPACE"] == "/explicit"
+
+
+@pytest.mark.parametrize("number", STEPS)
+def test_parameters_are_those_that_papermill_shows_with_type_default_and_help(number):
+    shown = papermill.inspect_notebook(STEPS[number].path)
+    declared = {name: each for name, each in parameters().items() if number in each.notebooks}
+    assert set(shown) == set(declared)
+    for name, each in declared.items():
+        assert shown[name]["inferred_type_name"] == each.kind
+        assert shown[name]["default"] == repr(each.default).replace("'", '"')
+        assert shown[name]["help"] in each.meanings
+
+
+def test_every_bound_is_of_a_parameter_and_admits_the_defaults():
+    assert set(BOUNDS) <= set(parameters())
+    check_parameters(**{name: each.default for name, each in parameters().items()})
+
+
+def test_table_in_the_readme_is_up_to_date():
+    text = README.read_text(encoding="utf-8")
+    assert with_table(text) == text, "python -m helpers.settings"
+    assert "| `EPOCHS` | `30` | int | 02 | passes over" in text
+
+
+def test_help_of_the_command_line_tells_all_about_a_parameter():
+    assert "  L2: float = 0.003, between 0 and 1\n      weight penalty [02]" in help_text()
