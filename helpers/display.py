@@ -3,22 +3,17 @@
 import html
 import io
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from tqdm import tqdm
 
+from helpers.workspace import kernel
+
 STDERR = 2  # number of the error stream
 # Of seaborn's colour-blind palette, as in the pictures.
 COLOURS = {"info": "#0173b2", "good": "#029e73", "warning": "#de8f05", "bad": "#d55e00"}
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return getattr(shell, "kernel", None) is not None
 
 
 def set_up() -> None:
@@ -29,7 +24,7 @@ def set_up() -> None:
     import pandas as pd
 
     pd.set_option("display.max_colwidth", None, "display.html.use_mathjax", False)
-    if _in_notebook():
+    if kernel() is not None:
         from IPython import get_ipython
 
         get_ipython().run_line_magic("matplotlib", "inline")
@@ -53,7 +48,7 @@ class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
     """
 
     def __init__(self, total: int, desc: str, unit: str = "it", **options):
-        self._handle, self._shown = None, _in_notebook()
+        self._handle, self._shown = None, kernel() is not None
         if self._shown:
             # What moves a terminal's cursor is for nobody.
             options |= {"file": io.StringIO(), "ascii": False}
@@ -96,7 +91,7 @@ def notice(text: str, level: Literal["info", "good", "warning", "bad"] = "info")
 
     It is plain text; line breaks are kept.
     """
-    if not _in_notebook():
+    if kernel() is None:
         print(text, flush=True)
         return
     from IPython.display import display

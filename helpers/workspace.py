@@ -9,8 +9,8 @@ import os
 import sys
 import tempfile
 import uuid
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 DRIVE = Path("/content/drive")  # where Colab shows Google Drive
@@ -40,20 +40,35 @@ class MissingStepError(ProjectError):
     """A notebook was started before the one that makes what it reads."""
 
 
-@dataclass(frozen=True)
 class Workspace:
-    """The folder that holds everything the series makes.
+    """The folder that holds everything the series makes: where each thing is in it.
 
-    Attributes
+    Parameters
     ----------
     root : pathlib.Path
         The folder itself, absolute.
     """
 
-    root: Path
+    def __init__(self, root: Path):
+        self.root = root
+        self.data = root / "data"  # the prepared split (notebook 01)
+        self.training = root / "training"  # backups of unfinished trainings (notebook 02)
+        self.search = root / "search"  # finished parts of grid searches (notebook 03)
+        self.batch = root / "batch"  # files to score, and scored (notebook 05)
+        self.executed = root / "executed"  # notebooks executed by `python -m helpers.run`
+        # The local MLflow server.
+        self.tracking_db = root / "tracking.db"  # SQLite
+        self.artifacts = root / "mlruns"
+        self.server = root / ".server"  # its log, lock, state and users
+        self.access_rules = self.server / "access.json"  # its names, and who may do what
+        self.activity = self.server / "activity.jsonl"  # who did what; older: .1, .2 and so on
+        self.passwords = root / "passwords.json"  # made here; readable by its owner only
+        # The scoring server.
+        self.scoring = root / ".scoring"  # its log, lock and state
+        self.scored_rows = root / "scored.db"  # SQLite: questions, answers, labels, alerts
 
     @property
-    def id(self):
+    def id(self) -> str:
         """Name that tells this workspace's runs from others' on a team's server, 32 hex digits.
 
         Made when it is first asked for; its safe copy takes it to other machines.
@@ -63,83 +78,12 @@ class Workspace:
             file.write(uuid.uuid4().hex)
         return path.read_text(encoding="ascii")
 
-    @property
-    def data(self):
-        """Folder of the prepared split (notebook 01)."""
-        return self.root / "data"
 
-    @property
-    def tracking_db(self):
-        """SQLite file of the local MLflow server."""
-        return self.root / "tracking.db"
-
-    @property
-    def artifacts(self):
-        """Folder of the local MLflow server's artifacts."""
-        return self.root / "mlruns"
-
-    @property
-    def executed(self):
-        """Folder of the notebooks executed by ``python -m helpers.run``."""
-        return self.root / "executed"
-
-    @property
-    def search(self):
-        """Folder of the finished parts of grid searches (notebook 03)."""
-        return self.root / "search"
-
-    @property
-    def training(self):
-        """Folder of the checkpoints of trainings that are not finished (notebook 02)."""
-        return self.root / "training"
-
-    @property
-    def server(self):
-        """Folder of the local MLflow server's log, lock, state and users."""
-        return self.root / ".server"
-
-    @property
-    def scoring(self):
-        """Folder of the scoring server's log, lock and state."""
-        return self.root / ".scoring"
-
-    @property
-    def batch(self):
-        """Folder of files to score, and scored, of notebook 05."""
-        return self.root / "batch"
-
-    @property
-    def scored_rows(self):
-        """SQLite file of what production was asked and answered, labels and alerts."""
-        return self.root / "scored.db"
-
-    @property
-    def access_rules(self):
-        """File that says under which names and to whom the server answers."""
-        return self.server / "access.json"
-
-    @property
-    def activity(self):
-        """File of who did what on the server; older ones end in ``.1``, ``.2`` and so on."""
-        return self.server / "activity.jsonl"
-
-    @property
-    def passwords(self):
-        """File of the passwords that were made here, readable by its owner only."""
-        return self.root / "passwords.json"
-
-
-def open_workspace(path=None):
+def open_workspace(path: str | os.PathLike | None = None) -> Workspace:
     """Open the workspace, making its folders if they are missing.
 
-    Parameters
-    ----------
-    path : str or path-like, optional
-        Where; default: the environment variable ``WORKSPACE``, else ``./workspace``.
-
-    Returns
-    -------
-    Workspace
+    Without a path it is where the environment variable ``WORKSPACE`` says, else in
+    ``./workspace``.
 
     Raises
     ------
@@ -175,20 +119,8 @@ def open_workspace(path=None):
 
 
 @contextmanager
-def atomic_path(path):
-    """Give a temporary path that takes the place of `path` only when the block succeeds.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file to write.
-
-    Yields
-    ------
-    pathlib.Path
-        A path in the same folder, to be written in the block.
-    """
-    path = Path(path)
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path that takes the place of `path` only when the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -197,7 +129,7 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-def file_digest(*paths):
+def file_digest(*paths: str | os.PathLike) -> str:
     """Return the SHA-256 of the contents of files, in the order given (64 hex digits)."""
     digest = hashlib.sha256()
     for path in paths:
@@ -205,29 +137,32 @@ def file_digest(*paths):
     return digest.hexdigest()
 
 
-def in_colab():
+def in_colab() -> bool:
     """Tell whether this is a Colab runtime."""
     return "google.colab" in sys.modules
 
 
-def is_interactive():
+def _shell():
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None
+
+
+def kernel():
+    """Return the kernel that this code runs in; None outside a notebook."""
+    return getattr(_shell(), "kernel", None)
+
+
+def is_interactive() -> bool:
     """Tell whether a person can answer: a Jupyter or Colab front end, or a terminal.
 
     papermill and nbclient start every cell with ``allow_stdin`` off, front ends with it on
     (Jupyter messaging protocol, "execute_request").
     """
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    if shell is None:
-        return sys.stdin is not None and sys.stdin.isatty()
-    kernel = getattr(shell, "kernel", None)
-    if kernel is None:
-        return True
-    return bool(kernel.get_parent("shell").get("content", {}).get("allow_stdin", False))
+    if kernel():
+        return bool(kernel().get_parent("shell").get("content", {}).get("allow_stdin", False))
+    return _shell() is not None or (sys.stdin is not None and sys.stdin.isatty())
 
 
-def is_batch():
+def is_batch() -> bool:
     """Tell whether this is the kernel of a batch run, behind which there is no front end."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return getattr(shell, "kernel", None) is not None and not is_interactive()
+    return kernel() is not None and not is_interactive()
