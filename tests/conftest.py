@@ -11,7 +11,7 @@ import pytest
 from sklearn.model_selection import train_test_split
 
 from helpers import data, server, tracking
-from helpers.workspace import PROJECT_ROOT, open_workspace
+from helpers.workspace import open_workspace
 from tests.doubles.ngrok import NgrokCloud
 
 URI = "MLFLOW_TRACKING_URI"
@@ -114,13 +114,14 @@ def small_split(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_data():
-    default = PROJECT_ROOT.parent / "shared" / "data"
-    folder = Path(os.environ.get("REAL_DATA_DIR") or default)
-    if not (folder / "kaggle_students.csv").is_file() or not (folder / "uci697.csv").is_file():
-        pytest.skip(
-            f"no kaggle_students.csv and uci697.csv in {folder}; set REAL_DATA_DIR to their folder"
-        )
-    return folder
+    """The folder of the real tables, which are not part of the project."""
+    folder = os.environ.get("REAL_DATA_DIR")
+    if not folder:
+        pytest.skip("set REAL_DATA_DIR to the folder of kaggle_students.csv and uci697.csv")
+    for name in ("kaggle_students.csv", "uci697.csv"):
+        if not Path(folder, name).is_file():
+            pytest.skip(f"no {name} in REAL_DATA_DIR = {folder}")
+    return Path(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.grid_search compare [TABLE]`` searches the documented grid of 144 pairs
 and 5 folds on the training rows of a table; default: the students' table of Kaggle in
-``../shared/data`` or ``REAL_DATA_DIR``, else the bundled sample. ``python -m
+``REAL_DATA_DIR``, else the bundled sample. ``python -m
 tests.benchmarks.grid_search growth [TABLE] --plot FILE.png`` searches 9 pairs and 2 folds on 1,000
 to 16,000 rows, which are rows of the table with a little noise.
 
@@ -35,7 +35,7 @@ from sklearn.svm import SVC
 
 from helpers import data
 from helpers.models.search import KernelGridSearch
-from helpers.workspace import PROJECT_ROOT, open_workspace
+from helpers.workspace import open_workspace
 from tests.conftest import split_table
 
 METHODS = {"GridSearchCV": GridSearchCV, "KernelGridSearch": KernelGridSearch}
@@ -43,9 +43,8 @@ ROWS = (1000, 2000, 4000, 8000, 16000)
 
 
 def default_table():
-    """Return the path of the real table if it is here, else ``sample``."""
-    folder = os.environ.get("REAL_DATA_DIR") or PROJECT_ROOT.parent / "shared" / "data"
-    path = Path(folder) / "kaggle_students.csv"
+    """Return the path of the real table if ``REAL_DATA_DIR`` has it, else ``sample``."""
+    path = Path(os.environ.get("REAL_DATA_DIR", ""), "kaggle_students.csv")
     return str(path) if path.is_file() else "sample"
 
 
