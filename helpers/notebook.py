@@ -4,7 +4,7 @@ from helpers import server
 from helpers.colab import safe_copy
 from helpers.colab.safe_copy import NoCopy, SafeCopy
 from helpers.display import set_up
-from helpers.settings import check_parameters, parameters
+from helpers.settings import check_parameters, declared_parameters
 from helpers.workspace import Workspace, open_workspace
 
 WITHOUT_SERVER = "01"  # the notebook that logs nothing
@@ -33,7 +33,7 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
     helpers.workspace.WorkspaceError, helpers.colab.safe_copy.SafeCopyError
         If the workspace or the safe copy cannot be used.
     """
-    given = {each: namespace[each] for each in parameters() if each in namespace}
+    given = {each: namespace[each] for each in declared_parameters() if each in namespace}
     checked = check_parameters(**given)
     namespace.update(checked)
     set_up()

@@ -144,7 +144,7 @@ def parameters_cell(path) -> str:
 
 
 @cache
-def parameters() -> dict[str, Parameter]:
+def declared_parameters() -> dict[str, Parameter]:
     """Return all parameters by name, in the order of the notebooks."""
     found = {}
     for number, step in STEPS.items():
@@ -179,7 +179,7 @@ def _is_kind(value, kind: str) -> bool:
 
 
 def _checked(name: str, value):
-    parameter = parameters()[name]
+    parameter = declared_parameters()[name]
     bounds = parameter.bounds
 
     def require(good, wanted):
@@ -231,7 +231,7 @@ def check_parameters(**values) -> dict:
 def help_text() -> str:
     """Return the parameters for a command line's help."""
     lines = ["parameters (-p NAME VALUE):"]
-    for each in parameters().values():
+    for each in declared_parameters().values():
         bounds = f", {each.allowed}" if each.allowed else ""
         lines.append(f"  {each.name}: {each.kind} = {each.shown_default}{bounds}")
         lines.append(f"      {each.meaning} [{', '.join(each.notebooks)}]")
@@ -244,7 +244,7 @@ def markdown_table() -> str:
         "| parameter | default | type | notebooks | meaning | allowed |",
         "|---|---|---|---|---|---|",
     ]
-    for each in parameters().values():
+    for each in declared_parameters().values():
         notebooks = "all" if len(each.notebooks) == len(STEPS) else ", ".join(each.notebooks)
         cells = (f"`{each.name}`", f"`{each.shown_default}`", each.kind, notebooks)
         lines.append(f"| {' | '.join((*cells, each.meaning, each.allowed))} |")

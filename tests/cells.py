@@ -17,21 +17,10 @@ def _code(name):
 
 
 def run_cells(name, first, last, **names):
-    """Run a notebook's parameters and the cells from one to another.
+    """Run a notebook's parameters and the cells from one to another; return all that they name.
 
-    Parameters
-    ----------
-    name : str
-        Such as ``02_cnn_training``.
-    first, last : str
-        Something that is in the first and in the last of the cells.
-    **names
-        What earlier cells would have made, such as ``split``, and parameters' values.
-
-    Returns
-    -------
-    types.SimpleNamespace
-        Everything that the cells have named.
+    `first` and `last` are something that is in these cells, `names` what earlier cells would have
+    made, such as ``split``, and values of parameters.
     """
     cells = list(_code(name))
     texts = [text for text, _ in cells]
@@ -50,23 +39,10 @@ def run_cells(name, first, last, **names):
 def train_network(split, ws, steps=None, **parameters):
     """Do what notebook 02 does from the preprocessing to the logged model.
 
-    Parameters
-    ----------
-    split : helpers.data.Split
-    ws : helpers.workspace.Workspace
-    steps : int, optional
-        Fewest steps of the training, for tests that need no good network.
-    **parameters
-        Of the notebook.
+    `steps` are the fewest of the training, for tests that need no good network.
     """
     from helpers.models import cnn
 
     with patch.object(cnn, "FEWEST_STEPS", steps or cnn.FEWEST_STEPS):
-        return run_cells(
-            "02_cnn_training",
-            "TabularPreprocessor(",
-            "log_model(",
-            split=split,
-            ws=ws,
-            **parameters,
-        )
+        cells = ("02_cnn_training", "TabularPreprocessor(", "log_model(")
+        return run_cells(*cells, split=split, ws=ws, **parameters)

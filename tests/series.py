@@ -12,17 +12,10 @@ import mlflow
 from helpers import server, tracking
 from helpers.workspace import PROJECT_ROOT, open_workspace
 
-METRICS = {
-    "accuracy",
-    "f1_micro",
-    "precision_micro",
-    "recall_micro",
-    "f1_macro",
-    "precision_macro",
-    "recall_macro",
-    "log_loss",
-    "roc_auc_ovr",
-}
+SCORES = ("f1", "precision", "recall")
+METRICS = {f"{score}_{average}" for score in SCORES for average in ("micro", "macro")}
+METRICS |= {"accuracy", "log_loss", "roc_auc_ovr"}
+# The names of the deployment document, on which other programs rely.
 RUNS = {
     "model_conv_network": ("conv_network", "default_logistic"),
     "model_svm_rbf": ("svc_model", "svm"),
@@ -45,10 +38,9 @@ def clean_environment(**changes):
     return {**kept, **changes}
 
 
-def run_series(workspace, *arguments, **environment):
-    """Run ``python -m helpers.run`` as a user would."""
+def _run(*arguments, **environment):
     return subprocess.run(
-        [sys.executable, "-m", "helpers.run", "--workspace", str(workspace), *arguments],
+        [sys.executable, "-m", *map(str, arguments)],
         cwd=PROJECT_ROOT,
         env=clean_environment(**environment),
         capture_output=True,
@@ -56,22 +48,17 @@ def run_series(workspace, *arguments, **environment):
         timeout=600,
         check=False,
     )
+
+
+def run_series(workspace, *arguments, **environment):
+    """Run ``python -m helpers.run`` as a user would."""
+    return _run("helpers.run", "--workspace", workspace, *arguments, **environment)
 
 
 def run_notebook(name, output, *parameters, **environment):
     """Run one notebook with the plain papermill command line."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "papermill", f"notebooks/{name}.ipynb", str(output)),
-            *("--no-progress-bar", *parameters),
-        ],
-        cwd=PROJECT_ROOT,
-        env=clean_environment(**environment),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    place = (f"notebooks/{name}.ipynb", output, "--no-progress-bar")
+    return _run("papermill", *place, *parameters, **environment)
 
 
 @contextmanager
@@ -88,12 +75,9 @@ def connected(folder):
 def find_runs(client, name):
     """Return the runs of a model, the newest first."""
     experiment, run_name = RUNS[name]
-    found = client.get_experiment_by_name(experiment)
-    return client.search_runs(
-        [found.experiment_id],
-        f"attributes.run_name = '{run_name}'",
-        order_by=["attributes.start_time DESC"],
-    )
+    number = client.get_experiment_by_name(experiment).experiment_id
+    # MLflow gives the newest first.
+    return client.search_runs([number], f"attributes.run_name = '{run_name}'")
 
 
 def files_below(folder):

@@ -10,16 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import joblib
 import mlflow
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
-from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
+from sklearn.metrics import log_loss
 
-from helpers import registry, run
+from helpers import registry
 from helpers.data import load_split
-from helpers.server import processes
+from helpers.series import STEPS
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
     METRICS,
@@ -29,14 +31,20 @@ from tests.series import (
     connected,
     files_below,
     find_runs,
-    run_notebook,
     run_series,
+    wait_for,
 )
 
 NAMES = list(RUNS)
 QUICK = ("-p", "C_EXPONENTS", "[0, 1, 2]", "-p", "GAMMA_EXPONENTS", "[-6, -5, -4]")
 QUICK += ("-p", "ATTACKED_ROWS", "15")
-NOTEBOOKS = sorted(path.stem for path in (PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+LABELS = ["Dropout", "Enrolled", "Graduate"]
+
+
+def processes_of(folder):
+    """Return the command lines of processes that name a folder."""
+    lines = (" ".join(each.info["cmdline"] or ()) for each in psutil.process_iter(["cmdline"]))
+    return [line for line in lines if str(folder) in line]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +53,7 @@ def sample_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("series")
     result = run_series(folder, "--data", "sample", *QUICK)
     assert result.returncode == 0, result.stdout + result.stderr
+    assert wait_for(lambda: not processes_of(folder)), "a batch run leaves no server"
     if os.environ.get("KEEP_EXECUTED"):
         shutil.copytree(folder / "executed", os.environ["KEEP_EXECUTED"], dirs_exist_ok=True)
     return folder, result
@@ -62,11 +71,6 @@ def split(sample_run):
     return load_split(open_workspace(sample_run[0]))
 
 
-@pytest.fixture(scope="module")
-def production(client):
-    return {name: mlflow.pyfunc.load_model(f"models:/{name}@production") for name in NAMES}
-
-
 def test_run_ends_with_both_models_in_production(sample_run):
     output = sample_run[1].stdout
     for name in NAMES:
@@ -74,18 +78,13 @@ def test_run_ends_with_both_models_in_production(sample_run):
 
 
 def test_executed_notebooks_are_kept_complete_and_without_errors(sample_run):
-    for name in NOTEBOOKS:
-        notebook = nbformat.read(sample_run[0] / "executed" / f"{name}.ipynb", 4)
+    for step in STEPS.values():
+        notebook = nbformat.read(sample_run[0] / "executed" / f"{step.name}.ipynb", 4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         assert all(cell.execution_count for cell in code)
         outputs = [output for cell in code for output in cell.outputs]
         assert not [output for output in outputs if output.output_type == "error"]
-        assert any("image/png" in output.get("data", {}) for output in outputs), name
-
-
-def test_server_of_a_batch_run_is_gone_afterwards(sample_run):
-    state = sample_run[0] / ".server" / "state.json"
-    assert not state.exists() or "connected" in os.environ.get("PYTEST_CURRENT_TEST", "")
+        assert any("image/png" in output.get("data", {}) for output in outputs), step
 
 
 def test_manifest_says_what_the_data_are(split):
@@ -93,7 +92,7 @@ def test_manifest_says_what_the_data_are(split):
     assert manifest["source"] == "sample"
     assert manifest["synthetic"] is True
     assert manifest["rows"] == 4424
-    assert manifest["classes"] == ["Dropout", "Enrolled", "Graduate"]
+    assert manifest["classes"] == LABELS
     assert manifest["class_counts"] == {"Dropout": 1421, "Enrolled": 794, "Graduate": 2209}
     assert manifest["seed"] == 0
     assert len(split.X_test) == 1328
@@ -104,26 +103,13 @@ def test_manifest_says_what_the_data_are(split):
 def test_run_is_logged_under_its_names_with_all_metrics_and_tags(client, name):
     (run,) = find_runs(client, name)
     assert run.info.status == "FINISHED"
-    per_class = {
-        f"{score}_{label}"
-        for score in ("precision", "recall", "f1")
-        for label in ("Dropout", "Enrolled", "Graduate")
-    }
+    per_class = {f"{score}_{label}" for score in ("precision", "recall", "f1") for label in LABELS}
     assert set(run.data.metrics) >= METRICS | per_class
     assert run.data.tags["data_source"] == "sample"
     assert run.data.tags["synthetic_data"] == "true"
     assert re.fullmatch("[0-9a-f]{64}", run.data.tags["data_digest"])
     contexts = {tag.value for entry in run.inputs.dataset_inputs for tag in entry.tags}
     assert contexts == {"training", "testing"}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_run_has_model_and_confusion_matrix_as_artifacts(client, name):
-    (run,) = find_runs(client, name)
-    model = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "model")}
-    assert model >= {"MLmodel", "conda.yaml", "python_env.yaml", "requirements.txt", "artifacts"}
-    pictures = client.list_artifacts(run.info.run_id, "confusion_matrix")
-    assert [file.path for file in pictures] == ["confusion_matrix/confusion_matrix.png"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,11 +134,6 @@ def test_first_day_in_production_is_what_was_promoted(client, name):
     assert day.data.metrics["alerts"] == day.data.metrics["drifted_columns"] == 0
 
 
-def test_no_server_is_left_after_a_batch_run(sample_run):
-    workspace = open_workspace(sample_run[0])
-    assert processes.read_state(workspace.scoring) is None
-
-
 def test_network_logs_its_losses_epoch_by_epoch(client):
     (run,) = find_runs(client, "model_conv_network")
     trained = int(run.data.params["epochs"])
@@ -164,8 +145,6 @@ def test_network_logs_its_losses_epoch_by_epoch(client):
 
 
 def test_svm_is_logged_with_the_parameters_of_the_model_itself(client):
-    import joblib
-
     (run,) = find_runs(client, "model_svm_rbf")
     folder = mlflow.artifacts.download_artifacts("models:/model_svm_rbf@production")
     (path,) = Path(folder).rglob("classifier.joblib")
@@ -175,15 +154,17 @@ def test_svm_is_logged_with_the_parameters_of_the_model_itself(client):
     assert float(run.data.params["gamma"]) == svc.gamma
 
 
+def search_table(run):
+    """Return the table of all pairs that notebook 03 logs."""
+    table = f"runs:/{run.info.run_id}/grid_search/cv_results.csv"
+    return pd.read_csv(mlflow.artifacts.download_artifacts(table))
+
+
 def test_grid_search_leaves_table_and_heat_map_whose_best_pair_is_the_models(client):
     (run,) = find_runs(client, "model_svm_rbf")
     files = {file.path for file in client.list_artifacts(run.info.run_id, "grid_search")}
     assert files == {"grid_search/heat_map.png", "grid_search/cv_results.csv"}
-    results = pd.read_csv(
-        mlflow.artifacts.download_artifacts(
-            run_id=run.info.run_id, artifact_path="grid_search/cv_results.csv"
-        )
-    )
+    results = search_table(run)
     assert len(results) == 9
     best = results.loc[results["mean_test_score"].idxmax()]
     assert float(run.data.params["C"]) == best["C"]
@@ -202,41 +183,20 @@ def test_production_is_stage_and_alias_of_version_1(client, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_production_model_answers_as_agreed(production, split, name):
-    answer = production[name].predict(split.X_test)
-    columns = [f"probability_{label}" for label in ("Dropout", "Enrolled", "Graduate")]
+def test_production_model_answers_as_agreed_and_as_well_as_logged(client, split, name):
+    model = mlflow.pyfunc.load_model(f"models:/{name}@production")
+    answer, metrics = model.predict(split.X_test), find_runs(client, name)[0].data.metrics
+    columns = [f"probability_{label}" for label in LABELS]
     assert list(answer.columns) == ["prediction", *columns]
     assert np.allclose(answer[columns].sum(axis=1), 1)
-    assert set(answer["prediction"]) == {"Dropout", "Enrolled", "Graduate"}
+    assert set(answer["prediction"]) == set(LABELS)
+    assert metrics["accuracy"] == pytest.approx((answer["prediction"] == split.y_test).mean())
+    assert metrics["log_loss"] == pytest.approx(log_loss(split.y_test, answer[columns]), abs=1e-6)
     shuffled = split.X_test[split.X_test.columns[::-1]].astype("float64")
-    pd.testing.assert_frame_equal(production[name].predict(shuffled), answer, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_logged_metrics_are_those_of_the_production_model(client, production, split, name):
-    answer, logged = production[name].predict(split.X_test), find_runs(client, name)[0].data.metrics
-    probabilities = answer.drop(columns="prediction").to_numpy()
-    y_true, y_pred = split.y_test, answer["prediction"]
-    expected = {
-        "accuracy": accuracy_score(y_true, y_pred),
-        "f1_micro": f1_score(y_true, y_pred, average="micro"),
-        "f1_macro": f1_score(y_true, y_pred, average="macro"),
-        "recall_macro": recall_score(y_true, y_pred, average="macro"),
-        "recall_Enrolled": recall_score(y_true, y_pred, labels=["Enrolled"], average=None)[0],
-        "log_loss": log_loss(y_true, probabilities),
-        "roc_auc_ovr": roc_auc_score(y_true, probabilities, multi_class="ovr"),
-    }
-    assert {metric: logged[metric] for metric in expected} == pytest.approx(expected, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_wrong_input_is_refused_by_name_and_unseen_category_answered(production, split, name):
-    few = split.X_test.head(3)
-    with pytest.raises(mlflow.exceptions.MlflowException, match="GDP"):
-        production[name].predict(few.drop(columns="GDP"))
-    with pytest.raises(mlflow.exceptions.MlflowException, match="GDP"):
-        production[name].predict(few.assign(GDP="high"))
-    assert production[name].predict(few.assign(Course=987)).notna().all(axis=None)
+    pd.testing.assert_frame_equal(model.predict(shuffled), answer, atol=1e-6)
+    assert model.metadata.get_input_schema().input_names() == list(split.X_test.columns)
+    assert model.metadata.get_output_schema().input_names() == ["prediction", *columns]
+    assert model.metadata.saved_input_example_info is not None
 
 
 def test_search_is_one_run_with_its_best_pairs_below_it(client):
@@ -256,14 +216,6 @@ def test_search_is_one_run_with_its_best_pairs_below_it(client):
     assert search.data.metrics["search_seconds"] > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_model_carries_signature_and_input_example(production, split, name):
-    metadata = production[name].metadata
-    assert metadata.get_input_schema().input_names() == list(split.X_test.columns)
-    assert metadata.get_output_schema().input_names()[0] == "prediction"
-    assert metadata.saved_input_example_info is not None
-
-
 @pytest.mark.slow
 def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_run):
     folder, _ = sample_run
@@ -277,10 +229,8 @@ def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_ru
         for name in NAMES:
             new, old = find_runs(client, name)
             assert old.info.run_id == first[name].info.run_id
-            stages = {
-                version.version: version.current_stage
-                for version in client.search_model_versions(f"name = '{name}'")
-            }
+            versions = client.search_model_versions(f"name = '{name}'")
+            stages = {version.version: version.current_stage for version in versions}
             assert stages == {"1": "Archived", "2": "Production"}
             assert client.get_model_version_by_alias(name, "production").version == "2"
             assert client.get_model_version(name, "2").run_id == new.info.run_id
@@ -293,104 +243,6 @@ def test_rerun_promotes_version_2_archives_version_1_and_loses_nothing(sample_ru
         assert history["from_version"].tolist() == ["1", None]
         assert registry.rollback("model_svm_rbf", "trying the way back").version == "1"
         assert client.get_model_version("model_svm_rbf", "2").current_stage == "Archived"
-
-
-@pytest.mark.parametrize(
-    ("name", "first"),
-    [
-        ("02_cnn_training", "01_data_preparation"),
-        ("03_svm_grid_search", "01_data_preparation"),
-        ("04_registry_promotion", "01_data_preparation"),
-    ],
-)
-def test_notebook_without_its_input_names_the_one_to_run_first(tmp_path, name, first):
-    result = run_notebook(name, tmp_path / "out.ipynb", WORKSPACE=str(tmp_path / "ws"))
-    assert result.returncode != 0
-    assert f"MissingStepError: There is no prepared data in {tmp_path / 'ws'}" in result.stderr
-    assert first in result.stderr
-    assert 'File "' not in result.stderr.split("MissingStepError")[-1]
-
-
-@pytest.mark.slow
-def test_promotion_without_trained_models_names_both_notebooks(tmp_path):
-    place = ("-p", "WORKSPACE", str(tmp_path / "ws"))
-    run_notebook("01_data_preparation", tmp_path / "1.ipynb", *place, "-p", "DATA_SOURCE", "sample")
-    result = run_notebook("04_registry_promotion", tmp_path / "4.ipynb", *place)
-    assert result.returncode != 0
-    assert "02_cnn_training" in result.stderr
-    assert "03_svm_grid_search" in result.stderr
-
-
-@pytest.mark.slow
-def test_failing_notebook_is_named_with_cell_and_error_and_what_needs_it_is_not_run(tmp_path):
-    table = tmp_path / "table.csv"
-    table.write_text("a,b,Target\n" + "1,2,x\n" * 50, encoding="utf-8")
-    result = run_series(tmp_path / "ws", "--data", str(table))
-    assert result.returncode == 1
-    assert "FAILED: 01_data_preparation, cell" in result.stderr
-    assert "one class only" in result.stderr
-    assert "02_cnn_training: not run" in result.stdout
-    assert not list((tmp_path / "ws" / "data").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("-p", "SEDE", "1"), "Did you mean SEED?"),
-        (("-p", "SEED", "one"), "SEED must be a whole number"),
-        (("-p", "TEST_SIZE", "7"), "TEST_SIZE must be between 0.05 and 0.5"),
-        (("--only", "09"), "there is no notebook '09'"),
-    ],
-)
-def test_wrong_command_line_is_refused_before_anything_is_made(tmp_path, arguments, message):
-    result = run_series(tmp_path / "ws", *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "ws" / "data" / "manifest.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("undone", "numbers"),
-    [
-        ([], []),
-        (["02"], ["02", "04", "05"]),
-        (["03"], ["03", "04", "05"]),
-        (["04"], ["04", "05"]),
-        (["01"], list(run.STEPS)),
-    ],
-)
-def test_resume_runs_what_needs_a_step_that_runs_again(workspace, monkeypatch, undone, numbers):
-    monkeypatch.setattr(run, "_has_results", lambda number, workspace: True)
-    record, digests, lines = run.Record(workspace), dict.fromkeys(run.STEPS, "same"), []
-    for number in run.STEPS:
-        record.set(number, None if number in undone else "same")
-    assert run.select_steps(None, True, digests, record, lines.append) == numbers
-    assert sum("skipped" in line for line in lines) == len(run.STEPS) - len(numbers)
-    if undone == ["02"]:
-        assert "04_registry_promotion: runs, it needs 02_cnn_training" in lines
-
-
-def test_step_that_ran_alone_leaves_what_needs_it_undone(workspace, monkeypatch):
-    monkeypatch.setattr(run, "_has_results", lambda number, workspace: True)
-    monkeypatch.setattr(run, "execute", lambda *arguments: None)
-    record, digests, lines = run.Record(workspace), dict.fromkeys(run.STEPS, "same"), []
-    parameters = dict.fromkeys(run.STEPS, {})
-    rest, saved = (parameters, digests, workspace, lines.append), []
-    assert run.run_steps(list(run.STEPS), *rest, lambda: saved.append(record.read())) == []
-    # Saved after each step, with the step noted as done.
-    assert [len([1 for each in state.values() if each]) for state in saved] == [1, 2, 3, 4, 5]
-    assert run.select_steps(None, True, digests, record, lines.append) == []
-    run.run_steps(["02"], *rest, lambda: None)
-    assert run.select_steps(None, True, digests, record, lines.append) == ["04", "05"]
-
-
-def test_no_server_at_the_tracking_uri_is_said_before_training(tmp_path):
-    result = run_series(
-        tmp_path / "ws", "--data", "sample", MLFLOW_TRACKING_URI="http://127.0.0.1:9"
-    )
-    assert result.returncode == 1
-    assert "No MLflow server answers at MLFLOW_TRACKING_URI = http://127.0.0.1:9" in result.stderr
 
 
 @pytest.mark.slow
@@ -437,7 +289,7 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_pat
     assert again.stdout.count("skipped, done and unchanged") == 3
     changed = run_series(elsewhere, *arguments, "--resume", "--only", "01,02", "-p", "EPOCHS", "2")
     assert "01_data_preparation: skipped, done and unchanged" in changed.stdout
-    assert "02_cnn_training: runs, its notebook, parameters" in changed.stdout
+    assert "02_cnn_training: runs, its notebook, helpers, parameters" in changed.stdout
 
 
 @pytest.mark.slow
@@ -456,11 +308,7 @@ def test_series_runs_on_the_real_tables(tmp_path, real_data, table):
             assert "SYNTHETIC" not in version.description
         if full:
             (run,) = find_runs(client, "model_svm_rbf")
-            path = "grid_search/cv_results.csv"
-            results = mlflow.artifacts.download_artifacts(
-                run_id=run.info.run_id, artifact_path=path
-            )
-            assert len(pd.read_csv(results)) == 144
+            assert len(search_table(run)) == 144
             params = run.data.params
             assert (float(params["C"]), float(params["gamma"])) == (2, 0.03125)
 

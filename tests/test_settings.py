@@ -8,8 +8,8 @@ from helpers.settings import (
     BOUNDS,
     README,
     check_parameters,
+    declared_parameters,
     help_text,
-    parameters,
     with_table,
 )
 from helpers.workspace import ParameterError
@@ -52,7 +52,7 @@ WRONG = {
 
 
 def test_wrong_values_are_listed_for_every_parameter():
-    assert set(WRONG) == set(parameters())
+    assert set(WRONG) == set(declared_parameters())
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_wrong_values_are_listed_for_every_parameter():
 def test_wrong_value_is_refused_with_name_and_meaning(name, value):
     with pytest.raises(ParameterError, match=f"^{name} must be ") as caught:
         check_parameters(**{name: value})
-    assert f" ({parameters()[name].meaning}), not " in str(caught.value)
+    assert f" ({declared_parameters()[name].meaning}), not " in str(caught.value)
 
 
 def test_right_values_are_taken_and_lists_may_be_texts(monkeypatch):
@@ -94,7 +94,9 @@ def test_right_values_are_taken_and_lists_may_be_texts(monkeypatch):
 @pytest.mark.parametrize("number", STEPS)
 def test_parameters_are_those_that_papermill_shows_with_type_default_and_help(number):
     shown = papermill.inspect_notebook(STEPS[number].path)
-    declared = {name: each for name, each in parameters().items() if number in each.notebooks}
+    declared = {
+        name: each for name, each in declared_parameters().items() if number in each.notebooks
+    }
     assert set(shown) == set(declared)
     for name, each in declared.items():
         assert shown[name]["inferred_type_name"] == each.kind
@@ -103,8 +105,8 @@ def test_parameters_are_those_that_papermill_shows_with_type_default_and_help(nu
 
 
 def test_every_bound_is_of_a_parameter_and_admits_the_defaults():
-    assert set(BOUNDS) <= set(parameters())
-    check_parameters(**{name: each.default for name, each in parameters().items()})
+    assert set(BOUNDS) <= set(declared_parameters())
+    check_parameters(**{name: each.default for name, each in declared_parameters().items()})
 
 
 def test_table_in_the_readme_is_up_to_date():
