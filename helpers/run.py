@@ -33,10 +33,20 @@ from helpers.workspace import (
     ParameterError,
     ProjectError,
     Workspace,
+    atomic_path,
     open_workspace,
 )
 
 SUMMARY = ("accuracy", "f1_macro", "log_loss")
+# Nothing is fetched when it is read, and a wide table sticks out rather than being cut.
+PAGE = """{% extends 'index.html.j2' %}
+{% block html_head_js_requirejs %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}
+{% block html_head_js_mermaidjs %}{% endblock %}
+{% block html_head_css %}<style>
+.jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output {overflow: visible}
+</style>{% endblock %}
+"""
 Report = Callable[[str], None]  # takes a line for the person who waits
 
 
@@ -131,6 +141,30 @@ def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 
     except (PapermillException, NoSuchKernel, RuntimeError) as error:
         message = _describe_failure(step.name, error)
         raise NotebookFailedError(f"{message}\nThe notebook as far as it got: {output}") from error
+
+
+def write_html(notebook: Path) -> None:
+    """Write an executed notebook as one HTML file beside it, which needs no other file."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    content = nbformat.read(notebook, nbformat.NO_CONVERT)
+    for cell in content.cells:
+        # Libraries' remarks; what a reader must know is shown otherwise.
+        cell["outputs"] = [
+            output for output in cell.get("outputs", []) if output.get("name") != "stderr"
+        ]
+    page, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(content)
+    with atomic_path(notebook.with_suffix(".html")) as path:
+        path.write_text(page, encoding="utf-8")
+
+
+def _write_pages(workspace: Workspace, numbers: list[str]) -> None:
+    for number in numbers:
+        notebook = workspace.executed / f"{STEPS[number].name}.ipynb"
+        # Those that need what failed have not run.
+        if notebook.is_file():
+            write_html(notebook)
 
 
 def _interrupt_kernels() -> None:
@@ -245,6 +279,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--only", metavar="NN,NN", help="numbers of the notebooks to run")
     parser.add_argument("--resume", action="store_true", help="skip what is done and unchanged")
+    parser.add_argument(
+        "--html", action="store_true", help="write the executed notebooks as HTML, too"
+    )
     options = parser.parse_args(arguments)
     only = options.only.split(",") if options.only else list(STEPS)
     for number in only:
@@ -289,6 +326,8 @@ def _run(options: argparse.Namespace) -> int:
     with _exposed_ui(workspace, expose, report) if with_models else nullcontext():
         try:
             failures = run_steps(numbers, by_step, digests, workspace, report, save)
+            if options.html:
+                _write_pages(workspace, options.only)
         finally:
             # After an interrupt, too: what was finished until then, and which runs were not.
             save()

@@ -53,9 +53,13 @@ def test_promotion_without_trained_models_names_both_notebooks(tmp_path):
 def test_failing_notebook_is_named_with_cell_and_error_and_what_needs_it_is_not_run(tmp_path):
     table = tmp_path / "table.csv"
     table.write_text("a,b,Target\n" + "1,2,x\n" * 50, encoding="utf-8")
-    result = run_series(tmp_path / "ws", "--data", table)
+    result = run_series(tmp_path / "ws", "--data", table, "--html")
     assert result.returncode == 1
     assert "FAILED: 01_data_preparation, cell" in result.stderr
     assert "one class only" in result.stderr
     assert "02_cnn_training: not run" in result.stdout
     assert not list((tmp_path / "ws" / "data").iterdir())
+    executed = tmp_path / "ws" / "executed" / "01_data_preparation"
+    assert f"as far as it got: {executed}.ipynb" in result.stderr
+    assert "one class only" in executed.with_suffix(".html").read_text(encoding="utf-8")
+    assert not (executed.parent / "02_cnn_training.html").exists()

@@ -51,7 +51,7 @@ def processes_of(folder):
 def sample_run(tmp_path_factory):
     """Run the series once, with a small grid, on the bundled sample."""
     folder = tmp_path_factory.mktemp("series")
-    result = run_series(folder, "--data", "sample", *QUICK)
+    result = run_series(folder, "--data", "sample", "--html", *QUICK)
     assert result.returncode == 0, result.stdout + result.stderr
     assert wait_for(lambda: not processes_of(folder)), "a batch run leaves no server"
     if os.environ.get("KEEP_EXECUTED"):
@@ -85,6 +85,16 @@ def test_executed_notebooks_are_kept_complete_and_without_errors(sample_run):
         outputs = [output for cell in code for output in cell.outputs]
         assert not [output for output in outputs if output.output_type == "error"]
         assert any("image/png" in output.get("data", {}) for output in outputs), step
+
+
+def test_page_of_a_notebook_stands_alone_and_shows_each_bar_once(sample_run):
+    for step in STEPS.values():
+        page = (sample_run[0] / "executed" / f"{step.name}.html").read_text(encoding="utf-8")
+        assert 'src="data:image/png;base64,' in page
+        assert not re.search(r'<(?:script|img|link)[^>]+(?:src|href)="http', page)
+        assert "application/vnd.jupyter.stderr" not in page
+        bars = re.findall(r"^(?:<pre>)?([\w .]+): +\d+%\|", page, re.MULTILINE)
+        assert bars == {"02": ["Training"] * 2, "03": ["Grid search"]}.get(step.name[:2], bars)
 
 
 def test_manifest_says_what_the_data_are(split):
