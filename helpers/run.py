@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import psutil
 
 from helpers import server
+from helpers.colab import safe_copy
 from helpers.display import STDERR
 from helpers.resume import Record, fingerprints, steps_to_run
 from helpers.series import MODELS, STEPS, Step
@@ -86,28 +88,14 @@ def distribute(parameters: dict) -> dict[str, dict]:
                 f"There are: {', '.join(sorted(declared))}."
             )
     check_parameters(**parameters)
-    return {
-        number: {
-            name: value for name, value in parameters.items() if number in declared[name].notebooks
-        }
-        for number in STEPS
-    }
+    by_step = {number: {} for number in STEPS}
+    for name, value in parameters.items():
+        for number in declared[name].notebooks:
+            by_step[number][name] = value
+    return by_step
 
 
 # --- running ----------------------------------------------------------------------------------
-
-
-def _describe_failure(name: str, error: Exception) -> str:
-    """Name the notebook, the cell and the error."""
-    from papermill.exceptions import PapermillExecutionError
-
-    if not isinstance(error, PapermillExecutionError):
-        return f"{name}: {type(error).__name__}: {error}"
-    first_line = next((line for line in error.source.splitlines() if line.strip()), "")
-    return (
-        f"{name}, cell {error.cell_index + 1} ({first_line.strip()[:70]}): "
-        f"{error.ename}: {error.evalue}"
-    )
 
 
 def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 0) -> None:
@@ -121,9 +109,10 @@ def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 
     """
     import papermill
     from jupyter_client.kernelspec import NoSuchKernel
-    from papermill.exceptions import PapermillException
+    from papermill.exceptions import PapermillException, PapermillExecutionError
 
     output = workspace.executed / f"{step.name}.ipynb"
+    bar = {"desc": step.name, "position": position, "disable": not sys.stderr.isatty()}
     try:
         papermill.execute_notebook(
             step.path,
@@ -131,40 +120,37 @@ def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 
             parameters={**parameters, "WORKSPACE": str(workspace.root)},
             kernel_name="python3",
             cwd=PROJECT_ROOT,
-            progress_bar={
-                "desc": step.name,
-                "position": position,
-                "disable": not sys.stderr.isatty(),
-            },
+            progress_bar=bar,
         )
     # A kernel that dies is a RuntimeError.
     except (PapermillException, NoSuchKernel, RuntimeError) as error:
-        message = _describe_failure(step.name, error)
-        raise NotebookFailedError(f"{message}\nThe notebook as far as it got: {output}") from error
+        place, what = step.name, f"{type(error).__name__}: {error}"
+        if isinstance(error, PapermillExecutionError):
+            first_line = error.source.strip().partition("\n")[0]
+            place += f", cell {error.cell_index + 1} ({first_line[:70]})"
+            what = f"{error.ename}: {error.evalue}"
+        raise NotebookFailedError(
+            f"{place}: {what}\nThe notebook as far as it got: {output}"
+        ) from error
 
 
-def write_html(notebook: Path) -> None:
-    """Write an executed notebook as one HTML file beside it, which needs no other file."""
+def write_pages(workspace: Workspace, numbers: list[str]) -> None:
+    """Write executed notebooks as HTML beside them, each one file that needs no other."""
     import nbformat
     from nbconvert import HTMLExporter
 
-    content = nbformat.read(notebook, nbformat.NO_CONVERT)
-    for cell in content.cells:
-        # Libraries' remarks; what a reader must know is shown otherwise.
-        cell["outputs"] = [
-            output for output in cell.get("outputs", []) if output.get("name") != "stderr"
-        ]
-    page, _ = HTMLExporter(raw_template=PAGE).from_notebook_node(content)
-    with atomic_path(notebook.with_suffix(".html")) as path:
-        path.write_text(page, encoding="utf-8")
-
-
-def _write_pages(workspace: Workspace, numbers: list[str]) -> None:
+    exporter = HTMLExporter(raw_template=PAGE)
     for number in numbers:
         notebook = workspace.executed / f"{STEPS[number].name}.ipynb"
-        # Those that need what failed have not run.
-        if notebook.is_file():
-            write_html(notebook)
+        if not notebook.is_file():
+            continue  # it needs what failed
+        content = nbformat.read(notebook, nbformat.NO_CONVERT)
+        for cell in content.cells:
+            # Libraries' remarks go; what a reader must know is shown otherwise.
+            cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
+        page, _ = exporter.from_notebook_node(content)
+        with atomic_path(notebook.with_suffix(".html")) as path:
+            path.write_text(page, encoding="utf-8")
 
 
 def _interrupt_kernels() -> None:
@@ -191,43 +177,47 @@ def run_steps(
     list of str
         Messages of the steps that failed; steps that need them are not run.
     """
-    record, failures = Record(workspace), []
-    waiting, running, done = list(numbers), {}, set(STEPS) - set(numbers)
+    record, running, started, failures = Record(workspace), {}, [], []
+    order = TopologicalSorter({n: set(STEPS[n].needs).intersection(numbers) for n in numbers})
+    order.prepare()
     with ThreadPoolExecutor(len(STEPS) + 1) as pool:
         try:
-            while waiting or running:
-                for number in [n for n in waiting if set(STEPS[n].needs) <= done]:
-                    waiting.remove(number)
+            while order.is_active():
+                for number in order.get_ready():
                     # What needs it is out of date from here on, even if this run ends before.
                     for each in (number, *(n for n in STEPS if number in STEPS[n].needs)):
                         record.set(each, None)
                     report(f"{STEPS[number].name}: started")
                     position = list(STEPS).index(number)
-                    own = (STEPS[number], parameters[number], workspace, position)
-                    running[pool.submit(execute, *own)] = (number, time.monotonic())
+                    task = pool.submit(
+                        execute, STEPS[number], parameters[number], workspace, position
+                    )
+                    running[task] = (number, time.monotonic())
+                    started.append(number)
                 if not running:
                     break
-                if not waiting:
+                if len(started) == len(numbers):
                     # What the summary needs takes seconds to import; the last step leaves time.
                     pool.submit(importlib.import_module, "helpers.registry")
                 for task in wait(running, return_when=FIRST_COMPLETED).done:
                     number, start = running.pop(task)
-                    step, seconds = STEPS[number], time.monotonic() - start
+                    name, seconds = STEPS[number].name, time.monotonic() - start
                     try:
                         task.result()
                     except NotebookFailedError as error:
                         failures.append(str(error))
-                        report(f"{step.name}: FAILED after {seconds:.1f} s")
-                    else:
-                        record.set(number, digests[number])
-                        done.add(number)
-                        save()
-                        report(f"{step.name}: done in {seconds:.1f} s")
+                        report(f"{name}: FAILED after {seconds:.1f} s")
+                        continue
+                    record.set(number, digests[number])
+                    order.done(number)
+                    save()
+                    report(f"{name}: done in {seconds:.1f} s")
         except KeyboardInterrupt:
             _interrupt_kernels()
             raise
-    for number in waiting:
-        report(f"{STEPS[number].name}: not run, it needs what failed")
+    for number in numbers:
+        if number not in started:
+            report(f"{STEPS[number].name}: not run, it needs what failed")
     return failures
 
 
@@ -315,8 +305,9 @@ def _run(options: argparse.Namespace) -> int:
     workspace = open_workspace(options.workspace or parameters.pop("WORKSPACE", None))
     by_step = distribute(parameters)
     _separate_kernel_messages(workspace)
-    save = _start_copy(workspace, parameters.get("DRIVE_FOLDER"))
-    with_models = options.only != ["01"]
+    save = safe_copy.start(workspace, parameters.get("DRIVE_FOLDER"), "helpers.run").save
+    # The first notebook logs nothing.
+    with_models = any(STEPS[number].needs for number in options.only)
     if with_models:
         server.prepare(workspace, keep=False)
     digests, numbers = fingerprints(by_step), options.only
@@ -327,7 +318,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             failures = run_steps(numbers, by_step, digests, workspace, report, save)
             if options.html:
-                _write_pages(workspace, options.only)
+                write_pages(workspace, options.only)
         finally:
             # After an interrupt, too: what was finished until then, and which runs were not.
             save()
@@ -336,16 +327,6 @@ def _run(options: argparse.Namespace) -> int:
     for failure in failures:
         print(f"\nFAILED: {failure}", file=sys.stderr, flush=True)
     return 1 if failures else 0
-
-
-def _start_copy(workspace: Workspace, folder: str | None) -> Callable[[], None]:
-    """Bring the workspace up to its safe copy, where there is one; return how to save it."""
-    if folder is None:
-        return lambda: None
-    # Only here: it takes pandas along.
-    from helpers.colab import safe_copy
-
-    return safe_copy.start(workspace, folder, "helpers.run").save
 
 
 @contextmanager

@@ -253,9 +253,8 @@ def markdown_table() -> str:
 
 def with_table(text: str) -> str:
     """Return a text in Markdown with today's table between its two marks."""
-    before, begin, rest = text.partition("<!-- parameters -->\n")
-    _, end, after = rest.partition("\n<!-- /parameters -->")
-    return before + begin + markdown_table() + end + after
+    marks = r"(<!-- parameters -->\n).*(\n<!-- /parameters -->)"
+    return re.sub(marks, lambda mark: mark[1] + markdown_table() + mark[2], text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
