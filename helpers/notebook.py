@@ -42,5 +42,5 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
     copy = safe_copy.start(workspace, checked.get("DRIVE_FOLDER"), name)
     if not name.startswith(WITHOUT_SERVER):
         # It takes seconds to start: time in which the reader, or the notebook, goes on.
-        server.prepare(workspace)
+        server.start(workspace, wait=False)
     return workspace, copy

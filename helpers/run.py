@@ -309,7 +309,7 @@ def _run(options: argparse.Namespace) -> int:
     # The first notebook logs nothing.
     with_models = any(STEPS[number].needs for number in options.only)
     if with_models:
-        server.prepare(workspace, keep=False)
+        server.start(workspace, keep=False, wait=False)
     digests, numbers = fingerprints(by_step), options.only
     if options.resume:
         numbers = steps_to_run(numbers, digests, Record(workspace), report)

@@ -8,8 +8,10 @@ import json
 import logging
 import re
 from logging.handlers import RotatingFileHandler
+from pathlib import Path
 
-from helpers.server.credentials import private
+from helpers.server.private_files import private
+from helpers.workspace import Workspace
 
 MAX_BYTES = 5_000_000  # of one file, some 25,000 requests
 FILES = 5  # the current one and four older ones
@@ -39,37 +41,21 @@ class _PrivateRotatingFile(RotatingFileHandler):
 
 
 class ActivityLog:
-    """Writes requests to a rotating file.
+    """Writes requests to a rotating file."""
 
-    Parameters
-    ----------
-    path : pathlib.Path
-    """
-
-    def __init__(self, path):
+    def __init__(self, path: Path):
         self._logger = logging.Logger("activity")
-        handler = _PrivateRotatingFile(
-            path, maxBytes=MAX_BYTES, backupCount=FILES - 1, encoding="utf-8"
+        self._logger.addHandler(
+            _PrivateRotatingFile(path, maxBytes=MAX_BYTES, backupCount=FILES - 1, encoding="utf-8")
         )
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        self._logger.addHandler(handler)
 
-    def write(self, **request):
+    def write(self, **request) -> None:
         """Write one request as a JSON line; control characters in it are escaped."""
-        self._logger.info(json.dumps(request, ensure_ascii=True))
+        self._logger.info(json.dumps(request))
 
 
-def kind_of(method, path):
-    """Tell what a request is for.
-
-    Parameters
-    ----------
-    method, path : str
-
-    Returns
-    -------
-    {'page', 'look', 'change', 'artifact', 'prediction'}
-    """
+def kind_of(method: str, path: str) -> str:
+    """Tell what a request is for: one of `KINDS`, but not 'rejected'."""
     if path.startswith(SCORING_PATH):
         return "prediction"
     if "/mlflow-artifacts/" in path or path.endswith(("get-artifact", "/artifacts/files")):
@@ -79,20 +65,12 @@ def kind_of(method, path):
     return "page"
 
 
-def is_look(method, path):
+def is_look(method: str, path: str) -> bool:
     """Tell whether a request only looks.
 
     Reading is GET or HEAD, and those POST requests of MLflow's API and UI that carry a query:
     searches and GraphQL, whose schema in MLflow has no mutation that changes anything; and
     asking a model for predictions.
-
-    Parameters
-    ----------
-    method, path : str
-
-    Returns
-    -------
-    bool
     """
     if method in ("GET", "HEAD", "OPTIONS"):
         return True
@@ -105,13 +83,7 @@ def is_look(method, path):
 # --- reading (in a notebook) ------------------------------------------------------------------
 
 
-def _files(workspace):
-    path = workspace.activity
-    older = [path.with_name(f"{path.name}.{number}") for number in range(FILES - 1, 0, -1)]
-    return [file for file in (*older, path) if file.is_file()]
-
-
-def read_activity(workspace, last=None):
+def read_activity(workspace: Workspace, last: int | None = None):
     """Return the requests to the workspace's server as a table, the newest last.
 
     Parameters
@@ -129,19 +101,21 @@ def read_activity(workspace, last=None):
     """
     import pandas as pd
 
+    path = workspace.activity
+    older = [path.with_name(f"{path.name}.{number}") for number in range(FILES - 1, 0, -1)]
     lines = [
         json.loads(line)
-        for file in _files(workspace)
+        for file in (*older, path)
+        if file.is_file()
         for line in file.read_text(encoding="utf-8").splitlines()
     ]
     names = ["time", "user", "method", "path", "status", "duration", "address", "host", "outcome"]
     table = pd.DataFrame(lines, columns=names)
     table["time"] = pd.to_datetime(table["time"], unit="s", utc=True).dt.floor("s")
-    rejected = ~table["outcome"].isin(["ok", "error"])
-    kinds = [
-        kind_of(method, path) for method, path in zip(table["method"], table["path"], strict=True)
+    table["kind"] = [
+        kind_of(line["method"], line["path"]) if line["outcome"] in ("ok", "error") else "rejected"
+        for line in lines
     ]
-    table["kind"] = pd.Series(kinds, index=table.index, dtype=object).mask(rejected, "rejected")
     return table if last is None else table.tail(last)
 
 
@@ -160,14 +134,10 @@ def summarize_activity(activity):
     """
     import pandas as pd
 
+    titles = {name: f"rejected: {name}" for name in OUTCOMES if name != "ok"}
+    titles |= {"error": "errors", "too many": "too many sign-ins"}
     users = activity["user"].fillna("(none)")
     kinds = pd.crosstab(users, activity["kind"]).reindex(columns=KINDS[:-1], fill_value=0)
-    outcomes = pd.crosstab(users, activity["outcome"]).reindex(
-        columns=[name for name in OUTCOMES if name != "ok"], fill_value=0
-    )
-    titles = {"error": "errors", "too many": "too many sign-ins"}
-    for name in outcomes.columns:
-        titles.setdefault(name, f"rejected: {name}")
+    outcomes = pd.crosstab(users, activity["outcome"]).reindex(columns=titles, fill_value=0)
     table = pd.concat([kinds, outcomes.rename(columns=titles)], axis=1)
-    table.index.name, table.columns.name = "user", None
-    return table
+    return table.rename_axis(index="user", columns=None)

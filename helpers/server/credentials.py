@@ -8,25 +8,23 @@ import json
 import os
 import re
 import secrets
-from contextlib import contextmanager
-
-from filelock import FileLock
 
 from helpers.display import notice
-from helpers.workspace import ProjectError, atomic_path, in_colab, is_batch, is_interactive
+from helpers.server.private_files import private_lock, write_private
+from helpers.workspace import ProjectError, Workspace, in_colab, is_batch, is_interactive
 
+# Names under which a password made here is stored, besides those of the users.
 ADMIN = "admin"
 NOTEBOOKS = "notebooks"  # the account that the notebooks sign in with by themselves
+SCORING = "scoring"  # of the models
 
 # Where each password or token is looked for, in this order: Colab Secrets, the environment.
 NGROK_TOKEN = "NGROK_AUTHTOKEN"
 NGROK_DOMAIN = "NGROK_DOMAIN"
 ADMIN_PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"
 USER_PASSWORD = "MLFLOW_PASSWORD_"  # and the user's name in capitals
-
 SCORING_PASSWORD = "SCORING_PASSWORD"
 ALERT_WEBHOOK = "ALERT_WEBHOOK"
-SCORING = "scoring"  # under which a password made for the models is stored
 
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 
@@ -35,28 +33,17 @@ class AccessError(ProjectError):
     """A user, password or role cannot be set up as asked."""
 
 
-# --- secrets ----------------------------------------------------------------------------------
+# --- secrets that are given -------------------------------------------------------------------
 
 
-def find_secret(name):
-    """Look a secret up in Colab Secrets, else in the environment.
-
-    Parameters
-    ----------
-    name : str
-        Such as ``NGROK_AUTHTOKEN``.
-
-    Returns
-    -------
-    str or None
-        Without surrounding white space; None if there is none.
-    """
+def find_secret(name: str) -> str | None:
+    """Look a secret up in Colab Secrets, else in the environment; without surrounding space."""
     # A batch run has no front end that could answer: Colab would wait ten seconds for it.
     value = _colab_secret(name) if in_colab() and not is_batch() else None
     return (value or os.environ.get(name) or "").strip() or None
 
 
-def _colab_secret(name):
+def _colab_secret(name: str) -> str | None:
     from google.colab import userdata
 
     try:
@@ -75,14 +62,8 @@ def _colab_secret(name):
         return None
 
 
-def ask_secret(name, explanation):
+def ask_secret(name: str, explanation: str) -> str | None:
     """Ask the person at the keyboard for a secret; what is typed is not shown.
-
-    Parameters
-    ----------
-    name : str
-    explanation : str
-        Where to get it; printed before the question.
 
     Returns
     -------
@@ -95,62 +76,41 @@ def ask_secret(name, explanation):
     return getpass.getpass(f"{name} (hidden; Enter to go on without): ").strip() or None
 
 
-# --- passwords --------------------------------------------------------------------------------
+# --- secrets that are made --------------------------------------------------------------------
 
 
-def private(path, flags):
-    """Open a file so that only its owner may read it; an ``opener`` for `open`."""
-    return os.open(path, flags, 0o600)
+def stored_secrets(workspace: Workspace) -> dict[str, str]:
+    """Return every secret that was made for a workspace, by name."""
+    path = workspace.passwords
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_private(path, content):
-    """Write JSON into a file that only its owner may read."""
-    with (
-        atomic_path(path) as temporary,
-        open(temporary, "w", encoding="utf-8", opener=private) as file,
-    ):
-        json.dump(content, file, indent=2)
+def stored_secret(workspace: Workspace, name: str) -> str:
+    """Return the stored secret of a name, made at the first call (20 random characters)."""
+    with private_lock(workspace.server / "passwords.lock"):
+        known = stored_secrets(workspace)
+        if name not in known:
+            known[name] = secrets.token_urlsafe(15)
+            write_private(workspace.passwords, known)
+    return known[name]
 
 
-@contextmanager
-def _stored(workspace):
-    """Give the stored passwords; what the block changes is written back, readable by the owner."""
-    workspace.server.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with FileLock(workspace.server / "passwords.lock"):
-        path = workspace.passwords
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        before = dict(known)
-        yield known
-        if known != before:
-            write_private(path, known)
-
-
-def secret_name(user):
+def secret_name(user: str) -> str:
     """Return the name of the secret that holds a user's password."""
     if user == ADMIN:
         return ADMIN_PASSWORD
     return USER_PASSWORD + re.sub(r"\W", "_", user).upper()
 
 
-def password_of(workspace, user):
+def password_of(workspace: Workspace, user: str) -> str:
     """Return a user's password: from a secret, else the stored one, else a new one.
-
-    Parameters
-    ----------
-    workspace : helpers.workspace.Workspace
-        New passwords are kept in its ``passwords.json``, readable by its owner only.
-    user : str
-
-    Returns
-    -------
-    str
 
     Raises
     ------
     AccessError
         If the password in the secret is too short.
     """
-    given = find_secret(secret_name(user)) if user != NOTEBOOKS else None
+    given = find_secret(secret_name(user))
     if given is None:
         return stored_secret(workspace, user)
     if len(given) < SHORTEST_PASSWORD:
@@ -159,17 +119,3 @@ def password_of(workspace, user):
             "characters. Without that secret a password is made for you."
         )
     return given
-
-
-def stored_secret(workspace, name):
-    """Return the stored secret of a name, made at the first call (20 random characters)."""
-    with _stored(workspace) as known:
-        return known.setdefault(name, secrets.token_urlsafe(15))
-
-
-def known_secret(workspace, name):
-    """Return the stored secret of a name, or None if none was made."""
-    path = workspace.passwords
-    if not path.is_file():
-        return None
-    return json.loads(path.read_text(encoding="utf-8")).get(name)

@@ -14,19 +14,21 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
 
 from helpers.display import notice
-from helpers.workspace import PROJECT_ROOT, ProjectError, atomic_path, is_interactive
+from helpers.server.http import HOST
+from helpers.server.private_files import private_lock, write_private
+from helpers.workspace import PROJECT_ROOT, ProjectError, is_interactive
 
-HOST = "127.0.0.1"
 STATE = "state.json"  # file in the folder of a service: its process
 START_TIMEOUT = 180  # seconds; a start takes about 10 on two cores
 
@@ -36,8 +38,8 @@ class ServerError(ProjectError):
 
 
 @dataclass(frozen=True)
-class Server:
-    """A running or starting server.
+class ServerProcess:
+    """The process of a service, running or starting.
 
     Attributes
     ----------
@@ -57,12 +59,12 @@ class Server:
     keep: bool
 
     @property
-    def alive(self):
+    def alive(self) -> bool:
         """Whether the process exists."""
         return is_running(self.pid, self.created)
 
 
-def answers(url, timeout=2.0):
+def answers(url: str, timeout: float = 2.0) -> bool:
     """Tell whether ``/health`` at `url` says OK, or asks for a password, in `timeout` seconds."""
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout) as response:
@@ -74,7 +76,7 @@ def answers(url, timeout=2.0):
         return False
 
 
-def is_running(pid, created):
+def is_running(pid: int, created: float) -> bool:
     """Tell whether the process `pid` that started at `created` (seconds) still exists."""
     try:
         process = psutil.Process(pid)
@@ -84,13 +86,13 @@ def is_running(pid, created):
         return False
 
 
-def read_state(folder):
-    """Return the `Server` that runs, as noted in the folder of a service, or None."""
+def read_state(folder: Path) -> ServerProcess | None:
+    """Return the process that runs, as noted in the folder of a service, or None."""
     path = folder / STATE
     if not path.is_file():
         return None
-    server = Server(**json.loads(path.read_text(encoding="utf-8")))
-    return server if server.alive else None
+    process = ServerProcess(**json.loads(path.read_text(encoding="utf-8")))
+    return process if process.alive else None
 
 
 @dataclass(frozen=True)
@@ -117,11 +119,11 @@ class Service:
     module: str
     root: Path
     folder: Path
-    environment: dict = field(default_factory=dict, compare=False)
-    arguments: tuple = ()
+    environment: dict[str, str] = field(default_factory=dict, compare=False)
+    arguments: tuple[str, ...] = ()
     host: str = HOST
 
-    def start(self, port, keep=None):
+    def start(self, port: int, keep: bool | None = None) -> ServerProcess:
         """Find the process or start one, and take a lease; do not wait until it answers.
 
         Parameters
@@ -130,35 +132,17 @@ class Service:
             Where to start; if something else is there, the next free port is taken and said.
         keep : bool, optional
             Whether it goes on after the last lease was given back; default: where a person is.
-
-        Returns
-        -------
-        Server
         """
         keep = is_interactive() if keep is None else keep
         with self._lock():
-            server = self.read()
-            if server is None:
-                server = self._launch(port, keep)
-            elif keep and not server.keep:
-                server = replace(server, keep=True)
-            with atomic_path(self._state) as path:
-                path.write_text(json.dumps(asdict(server)), encoding="utf-8")
+            process = read_state(self.folder) or self._launch(port, keep)
+            process = replace(process, keep=process.keep or keep)
+            write_private(self.folder / STATE, asdict(process))
             self._take_lease()
-        return server
+        return process
 
-    def read(self):
-        """Return the `Server` that runs, or None."""
-        return read_state(self.folder)
-
-    def wait(self, server, timeout=START_TIMEOUT):
-        """Wait until a server answers.
-
-        Parameters
-        ----------
-        server : Server
-        timeout : float
-            Seconds.
+    def wait(self, process: ServerProcess, timeout: float = START_TIMEOUT) -> None:
+        """Wait until a process answers, for `timeout` seconds.
 
         Raises
         ------
@@ -166,65 +150,69 @@ class Service:
             If it dies or does not answer in time; shows the end of its log.
         """
         end = time.monotonic() + timeout
-        while not answers(server.url):
-            if not server.alive or time.monotonic() > end:
-                silent = f"is silent at {server.url}"
-                reason = silent if server.alive else "ended while starting"
+        while not answers(process.url):
+            alive = process.alive
+            if not alive or time.monotonic() > end:
+                reason = f"is silent at {process.url}" if alive else "ended while starting"
                 log = self.folder / "log.txt"
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                 last = "\n".join(lines[-8:])
                 raise ServerError(f"The {self.title} {reason}. The end of its log {log}:\n{last}")
             time.sleep(0.1)
 
-    def release(self):
+    def stop(self) -> bool:
+        """Stop the process, whoever uses it; tell whether there was one."""
+        with self._lock():
+            return self._stop()
+
+    def _release(self) -> None:
         """Give this process's lease back; the last one stops a server that batch runs started."""
         if not self.folder.is_dir():
             return
         with self._lock():
             (self._leases / str(os.getpid())).unlink(missing_ok=True)
-            server = self.read()
-            if server is not None and not server.keep and not self._live_leases():
-                _stop(server)
-                self._state.unlink(missing_ok=True)
+            process = read_state(self.folder)
+            if process is not None and not process.keep and not self._is_leased():
+                self._stop()
 
-    def stop(self):
-        """Stop the process, whoever uses it; tell whether there was one."""
-        with self._lock():
-            server = self.read()
-            if server is not None:
-                _stop(server)
-            self._state.unlink(missing_ok=True)
-        return server is not None
+    def _stop(self) -> bool:
+        process = read_state(self.folder)
+        (self.folder / STATE).unlink(missing_ok=True)
+        if process is None:
+            return False
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            family = [parent, *parent.children(recursive=True)]
+            for end in (psutil.Process.terminate, psutil.Process.kill):
+                for member in family:
+                    with suppress(psutil.NoSuchProcess):
+                        end(member)
+                _, family = psutil.wait_procs(family, timeout=10)
+        return True
 
     @property
-    def _state(self):
-        return self.folder / STATE
-
-    @property
-    def _leases(self):
+    def _leases(self) -> Path:
         return self.folder / "leases"
 
     def _lock(self):
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return FileLock(self.folder / "lock")
+        return private_lock(self.folder / "lock")
 
-    def _take_lease(self):
-        self._leases.mkdir(parents=True, exist_ok=True)
+    def _take_lease(self) -> None:
+        self._leases.mkdir(exist_ok=True)
         lease = self._leases / str(os.getpid())
         if not lease.exists():
             lease.write_text(str(psutil.Process().create_time()), encoding="utf-8")
-            atexit.register(self.release)
+            atexit.register(self._release)
 
-    def _live_leases(self):
-        live = []
+    def _is_leased(self) -> bool:
+        """Tell whether a process that exists has a lease; those of others are removed."""
         for lease in self._leases.iterdir():
             if is_running(int(lease.name), float(lease.read_text(encoding="utf-8"))):
-                live.append(lease)
-            else:
-                lease.unlink()
-        return live
+                return True
+            lease.unlink()
+        return False
 
-    def _launch(self, wanted, keep):
+    def _launch(self, wanted: int, keep: bool) -> ServerProcess:
         listener = self._listen(wanted)
         port = listener.getsockname()[1]
         command = [sys.executable, "-m", self.module, "--workspace", str(self.root)]
@@ -235,13 +223,15 @@ class Service:
         else:
             command += ["--fd", str(listener.fileno())]
             handed_on = {"pass_fds": (listener.fileno(),)}
+        path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.getenv("PYTHONPATH")]))
+        variables = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **self.environment}
         with (self.folder / "log.txt").open("ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
+                env={**os.environ, **variables},
                 cwd=self.root,
                 # An interrupt of the notebook must not reach the server: the run is still to be
                 # marked as failed there.
@@ -250,13 +240,11 @@ class Service:
             )
         listener.close()
         created = psutil.Process(process.pid).create_time()
-        return Server(f"http://{self.host}:{port}", process.pid, created, keep)
+        # Whoever stops it waits until it is gone, which it is not before it was reaped here.
+        threading.Thread(target=process.wait, daemon=True).start()
+        return ServerProcess(f"http://{self.host}:{port}", process.pid, created, keep)
 
-    def _environment(self):
-        path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.getenv("PYTHONPATH")]))
-        return {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **self.environment}
-
-    def _listen(self, wanted):
+    def _listen(self, wanted: int) -> socket.socket:
         """Take the wanted port, or the next free one and say so.
 
         The socket is bound here and handed to the server: a port that was only looked at could
@@ -279,17 +267,8 @@ class Service:
         raise ServerError(f"No free port between {wanted} and {wanted + 99} for the {self.title}.")
 
 
-def argument_parser(module, description):
-    """Return a parser of what a `Service` starts its process with.
-
-    Parameters
-    ----------
-    module, description : str
-
-    Returns
-    -------
-    argparse.ArgumentParser
-    """
+def argument_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of what a `Service` starts its process with."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--workspace", required=True)
     parser.add_argument("--port", type=int, required=True)
@@ -298,13 +277,12 @@ def argument_parser(module, description):
     return parser
 
 
-def serve(app, options):
-    """Serve an application in this process until it is ended.
+def serve(app, options: argparse.Namespace) -> None:
+    """Serve an ASGI application in this process until it is ended.
 
     Parameters
     ----------
     app : callable
-        ASGI application.
     options : argparse.Namespace
         From `argument_parser`.
     """
@@ -324,34 +302,3 @@ def serve(app, options):
     )
     sockets = None if options.fd is None else [socket.socket(fileno=options.fd)]
     uvicorn.Server(config).run(sockets=sockets)
-
-
-def _stop(server):
-    try:
-        process = psutil.Process(server.pid)
-        family = [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        _signal(member, "terminate")
-    end = time.monotonic() + 10
-    while any(_exists(member) for member in family) and time.monotonic() < end:
-        time.sleep(0.05)
-    for member in family:
-        if _exists(member):
-            _signal(member, "kill")
-
-
-def _exists(process):
-    """Tell whether a process runs; one that ended but was not reaped does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _signal(process, action):
-    try:
-        getattr(process, action)()
-    except psutil.NoSuchProcess:
-        return

@@ -6,7 +6,9 @@ leave a file that no MLflow opens again. So these steps happen in a file beside 
 
 import shutil
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 from helpers.workspace import ProjectError, atomic_path
 
@@ -15,17 +17,8 @@ class StoreError(ProjectError):
     """The database was made by a newer MLflow than the one installed."""
 
 
-def schema_version(path):
-    """Return the version of a database's tables, or None if it has none.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-
-    Returns
-    -------
-    str or None
-    """
+def schema_version(path: Path) -> str | None:
+    """Return the version of a database's tables, or None if it has none."""
     with closing(sqlite3.connect(path)) as connection:
         known = "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
         if connection.execute(known).fetchone() is None:
@@ -33,14 +26,10 @@ def schema_version(path):
         return connection.execute("SELECT version_num FROM alembic_version").fetchone()[0]
 
 
-def prepare(path):
-    """Make the database if it is missing; bring one of an older MLflow up to date.
+def prepare(path: Path) -> None:
+    """Make the database if it is missing; change one of an older MLflow to today's tables.
 
     The older one is kept beside it, with its version in the name.
-
-    Parameters
-    ----------
-    path : pathlib.Path
 
     Raises
     ------
@@ -67,7 +56,7 @@ def prepare(path):
         shutil.copy2(path, path.with_name(f"{path.name}.{version}"))
 
 
-def _known_versions():
+def _known_versions() -> set[str]:
     from alembic.script import ScriptDirectory
     from mlflow.store.db import utils
 
@@ -75,7 +64,7 @@ def _known_versions():
     return {each.revision for each in script.walk_revisions()}
 
 
-def _change(path, action):
+def _change(path: Path, action: Callable) -> None:
     import sqlalchemy
 
     engine = sqlalchemy.create_engine(f"sqlite:///{path.as_posix()}")

@@ -1,26 +1,21 @@
 """Who may see and change what on the workspace's MLflow server: users, roles, admitted hosts.
 
-The server process reads the rules at every request (`helpers.server.app`), so that a change
+The server process reads the rules at every request (`helpers.server.gate`), so that a change
 takes effect without a restart.
 """
 
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from filelock import FileLock
-
-from helpers.server.credentials import (
-    ADMIN,
-    NOTEBOOKS,
-    AccessError,
-    password_of,
-    stored_secret,
-    write_private,
-)
+from helpers.server.credentials import ADMIN, NOTEBOOKS, AccessError, password_of, stored_secret
+from helpers.server.http import local_session
+from helpers.server.private_files import private_lock, write_private
 from helpers.settings import as_list
-from helpers.workspace import ParameterError
+from helpers.workspace import ParameterError, Workspace
 
 LOCAL = "local"  # how the activity log names who came from this machine without signing in
 
@@ -38,18 +33,57 @@ OPEN_TO_ALL = "ALLOW_UI_WITHOUT_PASSWORD"
 DEFAULT_USERS = ("reader:reader", "editor:editor")
 
 
-def parse_users(users):
-    """Read the table of users.
+# --- rules ------------------------------------------------------------------------------------
 
-    Parameters
+
+@dataclass(frozen=True)
+class AccessRules:
+    """What the server admits.
+
+    Attributes
     ----------
-    users : list of str
-        Entries ``name:role``, with the roles of `ROLES`.
+    sign_in : bool
+        Whether also this machine's own requests need a password.
+    public : list of str
+        Host names under which the server is on the internet; they always need a password,
+        unless `without_password`.
+    private : list of str
+        Host names of proxies that let only their owner through (Colab's).
+    without_password : bool
+        Whether the user asked for an open UI.
+    roles : dict of str to str
+        Role of each named user; whoever is not in it is a reader.
+    """
 
-    Returns
-    -------
-    dict of str to str
-        Role by name; always with the admin.
+    sign_in: bool = False
+    public: list[str] = field(default_factory=list)
+    private: list[str] = field(default_factory=list)
+    without_password: bool = False
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+def read_rules(path: Path) -> AccessRules:
+    """Read the rules; a file that cannot be read admits nobody without a password."""
+    try:
+        return AccessRules(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return AccessRules()
+    except (OSError, ValueError, TypeError):
+        return AccessRules(sign_in=True)
+
+
+def change_rules(workspace: Workspace, **changes) -> None:
+    """Change attributes of the `AccessRules`; they hold from the server's next request on."""
+    with private_lock(workspace.server / "access.lock"):
+        rules = replace(read_rules(workspace.access_rules), **changes)
+        write_private(workspace.access_rules, asdict(rules))
+
+
+# --- the table of users -----------------------------------------------------------------------
+
+
+def parse_users(entries: Iterable[str]) -> dict[str, str]:
+    """Return the role of each user, always with the admin, from entries ``name:role``.
 
     Raises
     ------
@@ -57,7 +91,7 @@ def parse_users(users):
         Names the entry that cannot be read.
     """
     roles = {ADMIN: "admin"}
-    for entry in users:
+    for entry in entries:
         name, _, role = (part.strip() for part in entry.partition(":"))
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]*", name) or role not in ROLES:
             raise ParameterError(
@@ -72,13 +106,8 @@ def parse_users(users):
     return roles
 
 
-def users_of_environment():
-    """Read ``UI_USERS``.
-
-    Returns
-    -------
-    dict of str to str or None
-        From `parse_users`; None if it is not set.
+def users_of_environment() -> dict[str, str] | None:
+    """Return the roles that ``UI_USERS`` names, or None if it is not set.
 
     Raises
     ------
@@ -96,7 +125,7 @@ def users_of_environment():
     return parse_users(entries)
 
 
-def is_open_to_all():
+def is_open_to_all() -> bool:
     """Tell whether ``ALLOW_UI_WITHOUT_PASSWORD`` lets everyone in; an error if it is unclear."""
     text = os.environ.get(OPEN_TO_ALL, "").strip().lower()
     if text not in ("", "0", "1", "false", "true"):
@@ -104,16 +133,12 @@ def is_open_to_all():
     return text in ("1", "true")
 
 
-def local_session():
-    """Make a `requests.Session` for addresses on this machine, past every proxy setting."""
-    import requests
-
-    session = requests.Session()
-    session.trust_env = False
-    return session
+# --- accounts ---------------------------------------------------------------------------------
 
 
-def set_up_users(workspace, url, roles=None):
+def set_up_users(
+    workspace: Workspace, url: str, roles: dict[str, str] | None = None
+) -> dict[str, str]:
     """Make the users' accounts on the running server, with today's passwords and roles.
 
     Parameters
@@ -141,98 +166,24 @@ def set_up_users(workspace, url, roles=None):
     passwords = {name: password_of(workspace, name) for name in roles}
     session = local_session()
     session.auth = (NOTEBOOKS, stored_secret(workspace, NOTEBOOKS))
+
+    def change(method, action, name, **content):
+        answer = session.request(
+            method, f"{url}/api/2.0/mlflow/users/{action}", json={"username": name, **content}
+        )
+        if not answer.ok and (action, answer.status_code) != ("delete", 404):
+            is_json = "json" in answer.headers.get("content-type", "")
+            reason = answer.json().get("message") if is_json else answer.text
+            raise AccessError(f"The account {name} could not be set up ({action}): {reason}")
+
     for name in before.keys() - roles.keys():
-        _call(session, "DELETE", url, "delete", username=name)
-    for name, role in roles.items():
+        change("DELETE", "delete", name)
+    for name, password in passwords.items():
         found = session.get(f"{url}/api/2.0/mlflow/users/get", params={"username": name})
-        account = (name, passwords[name])
         if found.status_code == 404:
-            _call(session, "POST", url, "create", username=name, password=passwords[name])
-        elif session.get(f"{url}/version", auth=account).status_code == 401:
-            _call(session, "PATCH", url, "update-password", username=name, password=account[1])
-        _call(session, "PATCH", url, "update-admin", username=name, is_admin=role == "admin")
+            change("POST", "create", name, password=password)
+        elif session.get(f"{url}/version", auth=(name, password)).status_code == 401:
+            change("PATCH", "update-password", name, password=password)
+        change("PATCH", "update-admin", name, is_admin=roles[name] == "admin")
     change_rules(workspace, roles=roles)
     return roles
-
-
-def _call(session, method, url, action, **content):
-    answer = session.request(method, f"{url}/api/2.0/mlflow/users/{action}", json=content)
-    gone = action == "delete" and answer.status_code == 404
-    if not answer.ok and not gone:
-        is_json = "json" in answer.headers.get("content-type", "")
-        reason = answer.json().get("message") if is_json else answer.text
-        raise AccessError(
-            f"The account {content['username']} could not be set up ({action}): {reason}"
-        )
-
-
-# --- rules ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AccessRules:
-    """What the server admits.
-
-    Attributes
-    ----------
-    sign_in : bool
-        Whether also this machine's own requests need a password.
-    public : list of str
-        Host names under which the server is on the internet; they always need a password,
-        unless `without_password`.
-    private : list of str
-        Host names of proxies that let only their owner through (Colab's).
-    without_password : bool
-        Whether the user asked for an open UI.
-    roles : dict of str to str
-        Role of each named user; whoever is not in it is a reader.
-    """
-
-    sign_in: bool = False
-    public: list = field(default_factory=list)
-    private: list = field(default_factory=list)
-    without_password: bool = False
-    roles: dict = field(default_factory=dict)
-
-
-CLOSED = AccessRules(sign_in=True)
-
-
-def read_rules(path):
-    """Read the rules; a file that cannot be read admits nobody without a password.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-
-    Returns
-    -------
-    AccessRules
-    """
-    try:
-        return AccessRules(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return AccessRules()
-    except (OSError, ValueError, TypeError):
-        return CLOSED
-
-
-def change_rules(workspace, **changes):
-    """Change some rules of a workspace's server; they hold from its next request on.
-
-    Parameters
-    ----------
-    workspace : helpers.workspace.Workspace
-    **changes
-        Attributes of `AccessRules`.
-
-    Returns
-    -------
-    AccessRules
-    """
-    workspace.server.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = workspace.access_rules
-    with FileLock(workspace.server / "access.lock"):
-        rules = replace(read_rules(path), **changes)
-        write_private(path, asdict(rules))
-    return rules

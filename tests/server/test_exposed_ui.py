@@ -18,7 +18,7 @@ from mlflow.server.handlers import get_endpoints
 
 from helpers import tracking
 from helpers.server import activity, credentials, processes, tunnel, users
-from helpers.server import app as server_app
+from helpers.server.http import basic_header
 from helpers.workspace import open_workspace
 from tests.conftest import URI
 from tests.scoring import serve_here
@@ -327,7 +327,7 @@ def answering(public):
     state = public.workspace.scoring / processes.STATE
     with serve_here(app) as url:
         me = psutil.Process()
-        here = processes.Server(url, me.pid, me.create_time(), False)
+        here = processes.ServerProcess(url, me.pid, me.create_time(), False)
         state.parent.mkdir()
         state.write_text(json.dumps(vars(here)))
         yield asked
@@ -347,7 +347,7 @@ def test_every_user_may_ask_the_models_at_the_public_address(public, answering, 
     assert json.loads(body) == {"instances": []}
     # The user's password stays here; the models' own goes on.
     secret = credentials.stored_secret(public.workspace, credentials.SCORING)
-    assert headers[b"authorization"] == server_app.basic("client", secret)
+    assert headers[b"authorization"] == basic_header("client", secret).encode()
 
 
 def test_nobody_asks_the_models_without_sign_in(public, answering):

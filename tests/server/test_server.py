@@ -125,7 +125,7 @@ def test_two_workspaces_that_start_at_once_get_servers_of_their_own(tmp_path):
         started = [server.start_server(workspace, keep=False) for workspace in both]
         assert started[0].url != started[1].url
         for workspace, its in zip(both, started, strict=True):
-            server.wait_until_ready(its, workspace)
+            server.service(workspace).wait(its)
     finally:
         for workspace in both:
             server.stop_server(workspace)
@@ -157,9 +157,11 @@ def test_server_that_stays_silent_is_reported_with_its_log(own_workspace, taken_
     (own_workspace.server).mkdir()
     (own_workspace.server / "log.txt").write_text("first line\nlast line\n")
     me = psutil.Process()
-    silent = processes.Server(f"http://127.0.0.1:{taken_port}", me.pid, me.create_time(), False)
+    silent = processes.ServerProcess(
+        f"http://127.0.0.1:{taken_port}", me.pid, me.create_time(), False
+    )
     with pytest.raises(ServerError, match="is silent.*\n.*\nlast line"):
-        server.wait_until_ready(silent, own_workspace, timeout=0.1)
+        server.service(own_workspace).wait(silent, timeout=0.1)
 
 
 def test_command_line_stops_the_server_and_says_whether_there_was_one(own_workspace, capsys):

@@ -19,7 +19,7 @@ from pyngrok import conf as pyngrok_conf
 from pyngrok import ngrok as pyngrok
 
 from helpers import server
-from helpers.server import credentials, processes, tunnel, users
+from helpers.server import credentials, ngrok_errors, processes, tunnel, users
 from helpers.server.credentials import AccessError
 from helpers.server.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
@@ -468,19 +468,21 @@ def test_download_of_the_agent_that_is_blocked_is_explained(served, monkeypatch,
     assert "PYNGROK_NGROK_PATH" in message
 
 
-@pytest.mark.parametrize("code", sorted(tunnel.ADVICE))
+@pytest.mark.parametrize("code", sorted(ngrok_errors.ADVICE))
 def test_every_code_has_advice_and_a_link(code):
-    text = tunnel.explain_code(f'lvl=eror msg="failed" err="…\\n\\n{code}\\n"')
-    assert tunnel.ADVICE[code] in text
+    text = ngrok_errors.explain_code(f'lvl=eror msg="failed" err="…\\n\\n{code}\\n"')
+    assert ngrok_errors.ADVICE[code] in text
     assert f"errors/{code.lower()}" in text
 
 
 def test_code_without_advice_is_named_with_its_page():
-    assert "https://ngrok.com/docs/errors/err_ngrok_999" in tunnel.explain_code("x ERR_NGROK_999 y")
+    assert "https://ngrok.com/docs/errors/err_ngrok_999" in ngrok_errors.explain_code(
+        "x ERR_NGROK_999 y"
+    )
 
 
 def test_agent_that_never_connects_is_explained():
-    assert "perhaps this network blocks it" in tunnel.explain_code("dial tcp: i/o timeout")
+    assert "perhaps this network blocks it" in ngrok_errors.explain_code("dial tcp: i/o timeout")
 
 
 # --- passwords and users -----------------------------------------------------------------------

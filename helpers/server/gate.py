@@ -1,0 +1,321 @@
+"""The gate in front of MLflow's app: who gets through, and a line of the log for each request.
+
+It stands in front of MLflow, in the same process, for two reasons. The name under which a tunnel
+shows the server is known only after the tunnel is open, and MLflow reads its allowed hosts once,
+at the start: the gate reads them at every request. And MLflow lets every signed-in user create
+experiments and registered models: the gate keeps readers from changing anything.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import anyio
+import requests
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from helpers.server import users
+from helpers.server.activity import SCORING_PATH, ActivityLog, is_look, kind_of
+from helpers.server.http import (
+    HOST,
+    LOCAL_HOSTS,
+    basic_credentials,
+    local_session,
+    read_body,
+)
+
+MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
+SCORING_TIMEOUT = 120  # seconds for the scoring server's answer
+MOST_WRONG = 20  # wrong passwords of one user from one outside address within a minute
+MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counted
+
+# MLflow's assistant can run commands on the server's machine.
+NOT_FROM_OUTSIDE = ("/ajax-api/3.0/mlflow/assistant", "/gateway", "/v1/traces", "/v1/metrics")
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host")
+
+
+class RejectedError(HTTPException):
+    """A request that does not get through; `outcome` is one of `activity.OUTCOMES`."""
+
+    def __init__(self, status: int, outcome: str, message: str, **headers: str):
+        super().__init__(status, message, {"x-content-type-options": "nosniff", **headers})
+        self.outcome = outcome
+
+    def response(self) -> Response:
+        """Return what the client is told."""
+        return PlainTextResponse(self.detail, self.status_code, self.headers)
+
+
+class UnauthorizedError(RejectedError):
+    """A request without the sign-in that it needs."""
+
+    def __init__(self, message: str):
+        super().__init__(401, "sign-in", message, **{"www-authenticate": 'Basic realm="mlflow"'})
+
+
+class Visit:
+    """A request at the gate, and what becomes of it: one line of the activity log."""
+
+    def __init__(self, scope: Scope):
+        self.start = time.perf_counter()
+        self.method, self.path = scope["method"], scope["path"]
+        self.headers = Headers(scope=scope)
+        self.host = self.headers.get("host", "").lower()
+        # The last address is the one that the nearest proxy added; those before it may be lies.
+        forwarded = self.headers.get("x-forwarded-for", "").split(",")[-1]
+        self.address = forwarded.strip()[:60] or (scope.get("client") or ("?",))[0]
+        self.user, self.status, self.outcome = None, 500, None
+
+    def watch(self, send: Send) -> Send:
+        """Return a `send` that notes the status on its way."""
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.status = message["status"]
+            await send(message)
+
+        return watched
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether it says who did what; a page's scripts and "are you there?" do not."""
+        is_script = self.path.startswith("/static-files/") and self.status < 400
+        return self.path != "/health" and not is_script
+
+    def line(self) -> dict:
+        """Return the fields of the line."""
+        of_mlflow = {401: "sign-in", 403: "role"}.get(
+            self.status, "ok" if self.status < 400 else "error"
+        )
+        return {
+            "time": round(time.time(), 3),
+            "user": self.user,
+            "method": self.method,
+            "path": self.path[:500],
+            "status": self.status,
+            "duration": round(1000 * (time.perf_counter() - self.start), 1),
+            "address": self.address,
+            "host": self.host[:200],
+            "outcome": self.outcome or of_mlflow,
+        }
+
+
+class Gate:
+    """ASGI middleware in front of MLflow's app.
+
+    Parameters
+    ----------
+    app : callable
+        MLflow's ASGI app, with basic-auth.
+    scoring : callable
+        ASGI app for paths below ``/scoring/``.
+    port : int
+        Where the server listens.
+    rules : pathlib.Path
+        File of the `helpers.server.users.AccessRules`.
+    accounts : helpers.server.app.Accounts
+    notebooks : str
+        Authorization header of the notebooks' account, with which requests of this machine
+        pass MLflow while no sign-in is asked of them.
+    log : helpers.server.activity.ActivityLog
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        scoring: ASGIApp,
+        port: int,
+        rules: Path,
+        accounts,
+        notebooks: str,
+        log: ActivityLog,
+    ):
+        self._app, self._address = app, f"{HOST}:{port}"
+        # What a browser shows; artifacts are handed on as they are, however large.
+        text = GZipMiddleware(app, compresslevel=6)
+        self._apps = {"page": text, "look": text, "prediction": scoring}
+        self._local = {name for host in LOCAL_HOSTS for name in (host, f"{host}:{port}")}
+        self._rules, self._accounts = rules, accounts
+        self._notebooks, self._log = notebooks, log
+        self._mistakes: dict[tuple[str, str], deque[float]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request as ASGI asks for it."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})
+            return
+        visit = Visit(scope)
+        if visit.path == "/health" and visit.host in self._local:
+            await self._app(self._inner(scope, None), receive, send)
+            return
+        answer = visit.watch(send)
+        try:
+            authorization = await self._admit(visit)
+        except RejectedError as rejection:
+            visit.outcome = rejection.outcome
+            await _drain(Request(scope, receive))
+            await rejection.response()(scope, receive, answer)
+        else:
+            app = self._apps.get(kind_of(visit.method, visit.path), self._app)
+            await app(self._inner(scope, authorization), receive, answer)
+        finally:
+            if visit.is_telling:
+                self._log.write(**visit.line())
+
+    async def _admit(self, visit: Visit) -> str:
+        """Return the Authorization header for MLflow, or raise what speaks against the request."""
+        rules, headers = users.read_rules(self._rules), visit.headers
+        local = visit.host in self._local or visit.host in rules.private
+        if len(headers.getlist("host")) != 1 or not (local or visit.host in rules.public):
+            message = "Invalid Host header: this server is not known under that name."
+            raise RejectedError(403, "host", message)
+        if visit.method not in ("GET", "HEAD", "OPTIONS") and not self._is_own(headers, rules):
+            raise RejectedError(403, "origin", "Cross-origin request blocked.")
+        # A request that a proxy forwarded was not made on this machine, whatever its host says.
+        forwarded = any(name in headers for name in FORWARDED)
+        outside = not local or (forwarded and not rules.private)
+        authorization = headers.get("authorization")
+        if authorization is not None:
+            await self._sign_in(authorization, visit, outside, rules)
+        elif rules.without_password if outside else not rules.sign_in:
+            visit.user, authorization = None if outside else users.LOCAL, self._notebooks
+        else:
+            raise UnauthorizedError("Sign in to see this MLflow server.")
+        if outside and visit.path.startswith(NOT_FROM_OUTSIDE):
+            raise RejectedError(403, "blocked", "Only offered on the server's own machine.")
+        return authorization
+
+    def _is_own(self, headers: Headers, rules: users.AccessRules) -> bool:
+        """Tell whether a change comes from no page, or from a page of this server."""
+        if headers.get("sec-fetch-site") == "cross-site":
+            return False
+        origin = headers.get("origin")
+        own = (*self._local, *rules.public, *rules.private)
+        return origin is None or urlsplit(origin).netloc in own
+
+    async def _sign_in(
+        self, authorization: str, visit: Visit, outside: bool, rules: users.AccessRules
+    ) -> None:
+        credentials = basic_credentials(authorization)
+        if credentials is None:
+            raise UnauthorizedError("Sign in with a user name and a password.")
+        user, _ = credentials
+        visit.user = user[:100]
+        mistakes = self._recent_mistakes(visit.address, user)
+        if outside and len(mistakes) >= MOST_WRONG and not self._accounts.remembers(*credentials):
+            message = "Too many wrong passwords. Wait a minute."
+            raise RejectedError(429, "too many", message, **{"retry-after": "60"})
+        account = await anyio.to_thread.run_sync(self._accounts.authenticate, *credentials)
+        if account is None:
+            mistakes.append(time.monotonic())
+            raise UnauthorizedError("Wrong user name or password.")
+        reader = not account.is_admin and rules.roles.get(user, "reader") == "reader"
+        if reader and not is_look(visit.method, visit.path):
+            message = f"{user} is a reader here: readers see everything and change nothing."
+            raise RejectedError(403, "role", message)
+
+    def _recent_mistakes(self, address: str, user: str) -> deque[float]:
+        """Return when this user's password was wrong from this address in the last minute."""
+        if len(self._mistakes) > MOST_REMEMBERED:
+            self._mistakes.clear()
+        mistakes = self._mistakes.setdefault((address, user), deque())
+        while mistakes and mistakes[0] < time.monotonic() - 60:
+            mistakes.popleft()
+        return mistakes
+
+    def _inner(self, scope: Scope, authorization: str | None) -> Scope:
+        """Name the host that MLflow's own check knows; the gate has checked the real one."""
+        headers = MutableHeaders(raw=list(scope["headers"]))
+        signed_in = "authorization" in headers
+        del headers["origin"], headers["authorization"]
+        headers["host"] = self._address
+        if authorization is not None:
+            headers["authorization"] = authorization
+        return {**scope, "headers": headers.raw, "signed_in": signed_in}
+
+
+async def _drain(request: Request) -> None:
+    """Read what belongs to a rejected request, up to a limit.
+
+    A connection that is closed with unread bytes in it may lose the answer on its way.
+    """
+    left = MOST_DRAINED
+    with suppress(ClientDisconnect):
+        async for part in request.stream():
+            left -= len(part)
+            if left <= 0:
+                return
+
+
+class Scoring:
+    """ASGI app that passes requests on to the workspace's scoring server.
+
+    So the models can be asked at the public address of the MLflow server, by the same users:
+    the free plan of ngrok has a single address.
+
+    Parameters
+    ----------
+    find : callable
+        Returns the address of the scoring server, or None, and its password, or None.
+    """
+
+    def __init__(self, find: Callable[[], tuple[str | None, str | None]]):
+        self._find, self._session = find, local_session()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request as ASGI asks for it."""
+        request = Request(scope, receive)
+        try:
+            response = await self._respond(request)
+        except RejectedError as rejection:
+            response = rejection.response()
+        except ClientDisconnect:
+            return
+        await response(scope, receive, send)
+
+    async def _respond(self, request: Request) -> Response:
+        body = await read_body(request)
+        if body is None:
+            raise RejectedError(413, "error", "Send fewer rows per request.")
+        url, password = self._find()
+        if url is None:
+            message = "The scoring server does not run: python -m helpers.serving starts it."
+            raise RejectedError(503, "error", message)
+        if password and not request.scope["signed_in"]:
+            raise UnauthorizedError("Sign in to ask the models.")
+        try:
+            found = await anyio.to_thread.run_sync(self._ask, url, password, request, body)
+        except requests.RequestException:
+            raise RejectedError(502, "error", "The scoring server does not answer.") from None
+        headers = {
+            name: value
+            for name, value in found.headers.items()
+            if name.lower() == "content-type" or name.lower().startswith("x-")
+        }
+        return Response(found.content, found.status_code, headers)
+
+    def _ask(
+        self, url: str, password: str | None, request: Request, body: bytes
+    ) -> requests.Response:
+        kept = ("content-type", "content-encoding")
+        query = request.scope["query_string"].decode("latin-1")
+        path = request.scope["path"].removeprefix(SCORING_PATH.rstrip("/"))
+        return self._session.request(
+            request.method,
+            f"{url}{quote(path)}" + (f"?{query}" if query else ""),
+            data=body,
+            headers={name: value for name, value in request.headers.items() if name in kept},
+            auth=("client", password) if password else None,
+            timeout=SCORING_TIMEOUT,
+        )

@@ -1,0 +1,43 @@
+"""What the servers of a workspace share about HTTP: local names, sign-in, the size of a request."""
+
+import base64
+
+HOST = "127.0.0.1"
+LOCAL_HOSTS = ("localhost", HOST, "[::1]")  # names under which a server is asked on its machine
+MOST_BYTES = 64 * 2**20  # of one request
+
+
+def basic_header(user: str, password: str) -> str:
+    """Return a Basic Authorization header (RFC 7617)."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def basic_credentials(header: str) -> tuple[str, str] | None:
+    """Return user and password of a Basic Authorization header, or None if it is none."""
+    scheme, _, encoded = header.partition(" ")
+    try:
+        text = base64.b64decode(encoded.strip(), validate=True).decode()
+    except ValueError:
+        return None
+    user, colon, password = text.partition(":")
+    return (user, password) if scheme.lower() == "basic" and colon else None
+
+
+async def read_body(request) -> bytes | None:
+    """Return the body of a `starlette.requests.Request`, or None if it is over `MOST_BYTES`."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size <= MOST_BYTES:
+            parts.append(part)
+    # Read to its end all the same: on a connection closed before, the answer may get lost.
+    return b"".join(parts) if size <= MOST_BYTES else None
+
+
+def local_session():
+    """Make a `requests.Session` for addresses on this machine, past every proxy setting."""
+    import requests
+
+    session = requests.Session()
+    session.trust_env = False
+    return session
