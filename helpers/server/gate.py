@@ -32,6 +32,7 @@ from helpers.server.http import (
     read_body,
 )
 
+SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
 SCORING_TIMEOUT = 120  # seconds for the scoring server's answer
 MOST_WRONG = 20  # wrong passwords of one user from one outside address within a minute
@@ -140,7 +141,7 @@ class Gate:
     ):
         self._app, self._address = app, f"{HOST}:{port}"
         # What a browser shows; artifacts are handed on as they are, however large.
-        text = GZipMiddleware(app, compresslevel=6)
+        text = GZipMiddleware(_join_short_answers(app), SHORT_ANSWER, compresslevel=6)
         self._apps = {"page": text, "look": text, "prediction": scoring}
         self._local = {name for host in LOCAL_HOSTS for name in (host, f"{host}:{port}")}
         self._rules, self._accounts = rules, accounts
@@ -243,6 +244,32 @@ class Gate:
         if authorization is not None:
             headers["authorization"] = authorization
         return {**scope, "headers": headers.raw, "signed_in": signed_in}
+
+
+def _join_short_answers(app: ASGIApp) -> ASGIApp:
+    """Let an app send a short answer as one message, which says to `GZipMiddleware` how short.
+
+    Flask's answers come in parts, and those of an unknown length are compressed.
+    """
+
+    async def joining(scope: Scope, receive: Receive, send: Send) -> None:
+        short, body = False, b""
+
+        async def join(message: Message) -> None:
+            nonlocal short, body
+            if message["type"] == "http.response.start":
+                length = Headers(raw=message["headers"]).get("content-length", SHORT_ANSWER)
+                short = int(length) < SHORT_ANSWER
+            elif short:
+                body += message.get("body", b"")
+                if message.get("more_body"):
+                    return
+                message = {**message, "body": body}
+            await send(message)
+
+        await app(scope, receive, join)
+
+    return joining
 
 
 async def _drain(request: Request) -> None:
