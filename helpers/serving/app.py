@@ -8,8 +8,6 @@ References
 .. [1] https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/
 """
 
-import base64
-import binascii
 import csv
 import hmac
 import http
@@ -43,15 +41,14 @@ from helpers import registry, series, tracking
 from helpers.data import CSV_OPTIONS
 from helpers.models.interface import convert
 from helpers.server import credentials, processes
+from helpers.server.http import LOCAL_HOSTS, MOST_BYTES, basic_credentials, read_body
 from helpers.serving.scored_rows import Recorder
 from helpers.workspace import open_workspace
 
 POLL = 2.0  # seconds between two looks at what is in Production
 TRY_AGAIN = 30.0  # seconds until a version that did not load is tried again
-MOST_BYTES = 64 * 2**20  # of one request
 FORMS = ("dataframe_split", "dataframe_records", "instances", "inputs")
 NO_ROWS = b'{"predictions": []}'
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 log = logging.getLogger("serving")
 
@@ -469,7 +466,7 @@ class Application:
         self._check_host(request)
         if self.password is None:
             return
-        given = _password_of(request.headers.get("authorization", ""))
+        _, given = basic_credentials(request.headers.get("authorization", "")) or ("", "")
         if not hmac.compare_digest(given.encode(), self.password.encode()):
             challenge = {"WWW-Authenticate": 'Basic realm="scoring"'}
             raise BadRequestError("Sign in with the password of the models.", 401, challenge)
@@ -498,28 +495,14 @@ def _score(served, body, content_type, request_id, recorder):
     return json.dumps({"predictions": records}).encode()
 
 
-def _password_of(authorization):
-    scheme, _, credentials = authorization.partition(" ")
-    try:
-        text = base64.b64decode(credentials, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError, ValueError):
-        return ""
-    return text.partition(":")[2] if scheme.lower() == "basic" else ""
-
-
 async def _read_body(request):
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise BadRequestError("Compressed requests are not taken; send the rows as they are.", 415)
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= MOST_BYTES:
-            parts.append(part)
-    # Read to its end all the same: on a connection closed before, the answer may get lost.
-    if size > MOST_BYTES:
+    body = await read_body(request)
+    if body is None:
         limit = MOST_BYTES // 2**20
         raise BadRequestError(f"More than {limit} MB at once. Send fewer rows per request.", 413)
-    return b"".join(parts)
+    return body
 
 
 async def _on_http_error(request, error):
