@@ -8,12 +8,9 @@ import logging
 import os
 import sys
 import warnings
-from functools import partial
 
 from helpers.server import credentials, processes, store
-from helpers.server.activity import ActivityLog
-from helpers.server.gate import Gate, Scoring
-from helpers.server.http import HOST, basic_header
+from helpers.server.gate import Gate
 from helpers.workspace import Workspace, open_workspace
 
 
@@ -96,28 +93,11 @@ def create_app(workspace: Workspace, port: int) -> Gate:
 
     logging.getLogger("mlflow.server.auth").setLevel(logging.ERROR)
     app, accounts = auth.create_app(), Accounts(auth)
-    password = credentials.stored_secret(workspace, credentials.NOTEBOOKS)
-    accounts.keep(credentials.NOTEBOOKS, password)
-    accounts.keep(credentials.ADMIN, os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
-    return Gate(
-        app,
-        Scoring(partial(_find_scoring, workspace)),
-        port,
-        workspace.access_rules,
-        accounts,
-        basic_header(credentials.NOTEBOOKS, password),
-        ActivityLog(workspace.activity),
+    accounts.keep(
+        credentials.NOTEBOOKS, credentials.stored_secret(workspace, credentials.NOTEBOOKS)
     )
-
-
-def _find_scoring(workspace: Workspace) -> tuple[str | None, str | None]:
-    """Return address and password of the workspace's scoring server, each None without one."""
-    process = processes.read_state(workspace.scoring)
-    if process is None:
-        return None, None
-    given = credentials.find_secret(credentials.SCORING_PASSWORD)
-    stored = credentials.stored_secrets(workspace).get(credentials.SCORING)
-    return process.url.replace("0.0.0.0", HOST), given or stored
+    accounts.keep(credentials.ADMIN, os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
+    return Gate(app, accounts, workspace, port)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,9 +8,7 @@ experiments and registered models: the gate keeps readers from changing anything
 
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import anyio
@@ -22,15 +20,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from helpers.server import users
+from helpers.server import credentials, users
 from helpers.server.activity import SCORING_PATH, ActivityLog, is_look, kind_of
 from helpers.server.http import (
     HOST,
     LOCAL_HOSTS,
     basic_credentials,
+    basic_header,
     local_session,
     read_body,
 )
+from helpers.server.processes import ServerProcess, read_state
+from helpers.workspace import Workspace
 
 SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
@@ -116,36 +117,23 @@ class Gate:
     ----------
     app : callable
         MLflow's ASGI app, with basic-auth.
-    scoring : callable
-        ASGI app for paths below ``/scoring/``.
+    accounts : helpers.server.app.Accounts
+    workspace : helpers.workspace.Workspace
     port : int
         Where the server listens.
-    rules : pathlib.Path
-        File of the `helpers.server.users.AccessRules`.
-    accounts : helpers.server.app.Accounts
-    notebooks : str
-        Authorization header of the notebooks' account, with which requests of this machine
-        pass MLflow while no sign-in is asked of them.
-    log : helpers.server.activity.ActivityLog
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        scoring: ASGIApp,
-        port: int,
-        rules: Path,
-        accounts,
-        notebooks: str,
-        log: ActivityLog,
-    ):
-        self._app, self._address = app, f"{HOST}:{port}"
+    def __init__(self, app: ASGIApp, accounts, workspace: Workspace, port: int):
+        self._app, self._accounts, self._rules = app, accounts, workspace.access_rules
         # What a browser shows; artifacts are handed on as they are, however large.
         text = GZipMiddleware(_join_short_answers(app), SHORT_ANSWER, compresslevel=6)
-        self._apps = {"page": text, "look": text, "prediction": scoring}
+        self._apps = {"page": text, "look": text, "prediction": Scoring(workspace)}
+        self._log = ActivityLog(workspace.activity)
+        # Requests of this machine pass MLflow with it while no sign-in is asked of them.
+        password = credentials.stored_secret(workspace, credentials.NOTEBOOKS)
+        self._notebooks = basic_header(credentials.NOTEBOOKS, password)
+        self._address = f"{HOST}:{port}"
         self._local = {name for host in LOCAL_HOSTS for name in (host, f"{host}:{port}")}
-        self._rules, self._accounts = rules, accounts
-        self._notebooks, self._log = notebooks, log
         self._mistakes: dict[tuple[str, str], deque[float]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -188,7 +176,7 @@ class Gate:
         outside = not local or (forwarded and not rules.private)
         authorization = headers.get("authorization")
         if authorization is not None:
-            await self._sign_in(authorization, visit, outside, rules)
+            await self._sign_in(visit, outside, rules)
         elif rules.without_password if outside else not rules.sign_in:
             visit.user, authorization = None if outside else users.LOCAL, self._notebooks
         else:
@@ -205,19 +193,17 @@ class Gate:
         own = (*self._local, *rules.public, *rules.private)
         return origin is None or urlsplit(origin).netloc in own
 
-    async def _sign_in(
-        self, authorization: str, visit: Visit, outside: bool, rules: users.AccessRules
-    ) -> None:
-        credentials = basic_credentials(authorization)
-        if credentials is None:
+    async def _sign_in(self, visit: Visit, outside: bool, rules: users.AccessRules) -> None:
+        given = basic_credentials(visit.headers["authorization"])
+        if given is None:
             raise UnauthorizedError("Sign in with a user name and a password.")
-        user, _ = credentials
+        user, _ = given
         visit.user = user[:100]
         mistakes = self._recent_mistakes(visit.address, user)
-        if outside and len(mistakes) >= MOST_WRONG and not self._accounts.remembers(*credentials):
+        if outside and len(mistakes) >= MOST_WRONG and not self._accounts.remembers(*given):
             message = "Too many wrong passwords. Wait a minute."
             raise RejectedError(429, "too many", message, **{"retry-after": "60"})
-        account = await anyio.to_thread.run_sync(self._accounts.authenticate, *credentials)
+        account = await anyio.to_thread.run_sync(self._accounts.authenticate, *given)
         if account is None:
             mistakes.append(time.monotonic())
             raise UnauthorizedError("Wrong user name or password.")
@@ -290,15 +276,10 @@ class Scoring:
 
     So the models can be asked at the public address of the MLflow server, by the same users:
     the free plan of ngrok has a single address.
-
-    Parameters
-    ----------
-    find : callable
-        Returns the address of the scoring server, or None, and its password, or None.
     """
 
-    def __init__(self, find: Callable[[], tuple[str | None, str | None]]):
-        self._find, self._session = find, local_session()
+    def __init__(self, workspace: Workspace):
+        self._workspace, self._session = workspace, local_session()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request as ASGI asks for it."""
@@ -315,14 +296,16 @@ class Scoring:
         body = await read_body(request)
         if body is None:
             raise RejectedError(413, "error", "Send fewer rows per request.")
-        url, password = self._find()
-        if url is None:
+        process = read_state(self._workspace.scoring)
+        if process is None:
             message = "The scoring server does not run: python -m helpers.serving starts it."
             raise RejectedError(503, "error", message)
+        stored = credentials.stored_secrets(self._workspace).get(credentials.SCORING)
+        password = credentials.find_secret(credentials.SCORING_PASSWORD) or stored
         if password and not request.scope["signed_in"]:
             raise UnauthorizedError("Sign in to ask the models.")
         try:
-            found = await anyio.to_thread.run_sync(self._ask, url, password, request, body)
+            found = await anyio.to_thread.run_sync(self._ask, process, password, request, body)
         except requests.RequestException:
             raise RejectedError(502, "error", "The scoring server does not answer.") from None
         headers = {
@@ -333,14 +316,15 @@ class Scoring:
         return Response(found.content, found.status_code, headers)
 
     def _ask(
-        self, url: str, password: str | None, request: Request, body: bytes
+        self, process: ServerProcess, password: str | None, request: Request, body: bytes
     ) -> requests.Response:
         kept = ("content-type", "content-encoding")
         query = request.scope["query_string"].decode("latin-1")
         path = request.scope["path"].removeprefix(SCORING_PATH.rstrip("/"))
         return self._session.request(
             request.method,
-            f"{url}{quote(path)}" + (f"?{query}" if query else ""),
+            f"{process.url.replace('0.0.0.0', HOST)}{quote(path)}",
+            params=query,
             data=body,
             headers={name: value for name, value in request.headers.items() if name in kept},
             auth=("client", password) if password else None,

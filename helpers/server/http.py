@@ -2,6 +2,8 @@
 
 import base64
 
+import requests
+
 HOST = "127.0.0.1"
 LOCAL_HOSTS = ("localhost", HOST, "[::1]")  # names under which a server is asked on its machine
 MOST_BYTES = 64 * 2**20  # of one request
@@ -34,10 +36,8 @@ async def read_body(request) -> bytes | None:
     return b"".join(parts) if size <= MOST_BYTES else None
 
 
-def local_session():
-    """Make a `requests.Session` for addresses on this machine, past every proxy setting."""
-    import requests
-
+def local_session() -> requests.Session:
+    """Make a session for addresses on this machine, past every proxy setting."""
     session = requests.Session()
     session.trust_env = False
     return session

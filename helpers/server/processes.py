@@ -8,7 +8,6 @@ goes on until it is stopped. The MLflow server (`helpers.server`) and the scorin
 
 import argparse
 import atexit
-import http.client
 import json
 import os
 import socket
@@ -16,13 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import psutil
+import requests
 
 from helpers.display import notice
 from helpers.server.http import HOST
@@ -67,13 +65,11 @@ class ServerProcess:
 def answers(url: str, timeout: float = 2.0) -> bool:
     """Tell whether ``/health`` at `url` says OK, or asks for a password, in `timeout` seconds."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=timeout) as response:
-            return response.status == 200 and response.read(16).strip() == b"OK"
-    except urllib.error.HTTPError as error:
-        # A server that asks for a password is there.
-        return error.code == 401
-    except (OSError, ValueError, http.client.HTTPException):
+        answer = requests.get(f"{url.rstrip('/')}/health", timeout=timeout)
+    except requests.RequestException:
         return False
+    # A server that asks for a password is there.
+    return answer.status_code == 401 or (answer.status_code, answer.text.strip()) == (200, "OK")
 
 
 def is_running(pid: int, created: float) -> bool:
