@@ -7,12 +7,12 @@ experiments and registered models: the gate keeps readers from changing anything
 """
 
 import time
-from collections import deque
 from contextlib import suppress
 from urllib.parse import quote, urlsplit
 
 import anyio
 import requests
+from cachetools import TTLCache
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
@@ -36,7 +36,7 @@ from helpers.workspace import Workspace
 SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
 SCORING_TIMEOUT = 120  # seconds for the scoring server's answer
-MOST_WRONG = 20  # wrong passwords of one user from one outside address within a minute
+MOST_WRONG = 20  # wrong passwords of one user from one outside address, until a minute's pause
 MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counted
 
 # MLflow's assistant can run commands on the server's machine.
@@ -134,7 +134,8 @@ class Gate:
         self._notebooks = basic_header(credentials.NOTEBOOKS, password)
         self._address = f"{HOST}:{port}"
         self._local = {name for host in LOCAL_HOSTS for name in (host, f"{host}:{port}")}
-        self._mistakes: dict[tuple[str, str], deque[float]] = {}
+        # Wrong passwords by address and user, forgotten a minute after the last one.
+        self._wrong = TTLCache(MOST_REMEMBERED, ttl=60)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request as ASGI asks for it."""
@@ -199,27 +200,19 @@ class Gate:
             raise UnauthorizedError("Sign in with a user name and a password.")
         user, _ = given
         visit.user = user[:100]
-        mistakes = self._recent_mistakes(visit.address, user)
-        if outside and len(mistakes) >= MOST_WRONG and not self._accounts.remembers(*given):
+        key = (visit.address, user)
+        tried = self._wrong.get(key, 0) >= MOST_WRONG
+        if outside and tried and not self._accounts.remembers(*given):
             message = "Too many wrong passwords. Wait a minute."
             raise RejectedError(429, "too many", message, **{"retry-after": "60"})
         account = await anyio.to_thread.run_sync(self._accounts.authenticate, *given)
         if account is None:
-            mistakes.append(time.monotonic())
+            self._wrong[key] = self._wrong.get(key, 0) + 1
             raise UnauthorizedError("Wrong user name or password.")
         reader = not account.is_admin and rules.roles.get(user, "reader") == "reader"
         if reader and not is_look(visit.method, visit.path):
             message = f"{user} is a reader here: readers see everything and change nothing."
             raise RejectedError(403, "role", message)
-
-    def _recent_mistakes(self, address: str, user: str) -> deque[float]:
-        """Return when this user's password was wrong from this address in the last minute."""
-        if len(self._mistakes) > MOST_REMEMBERED:
-            self._mistakes.clear()
-        mistakes = self._mistakes.setdefault((address, user), deque())
-        while mistakes and mistakes[0] < time.monotonic() - 60:
-            mistakes.popleft()
-        return mistakes
 
     def _inner(self, scope: Scope, authorization: str | None) -> Scope:
         """Name the host that MLflow's own check knows; the gate has checked the real one."""

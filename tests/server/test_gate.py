@@ -207,6 +207,7 @@ def test_the_tunnel_and_this_machine_are_admitted_under_their_names(public):
 
 
 def look(asking, public):
+    """Return the status codes of what a reader may see."""
     run = f"{API}/runs/get?run_id={public.run_id}"
     artifact = f"/get-artifact?run_uuid={public.run_id}&path=note.txt"
     search = {"experiment_ids": [public.experiment_id]}
@@ -498,15 +499,11 @@ def test_log_says_who_did_what_from_where(public):
     assert line["address"] == "127.0.0.1"
 
 
-def test_summary_counts_what_was_turned_away(public):
-    before = activity.summarize_activity(settled(public)).reindex(
-        ["reader", "(none)"], fill_value=0
-    )
+def test_log_says_what_was_turned_away(public):
     public.session("reader", "wrong password").get(public.url)
     requests.get(public.local, headers={"Host": "evil.example"})
-    after = activity.summarize_activity(settled(public))
-    assert after.loc["reader", "rejected: sign-in"] == before.loc["reader", "rejected: sign-in"] + 1
-    assert after.loc["(none)", "rejected: host"] == before.loc["(none)", "rejected: host"] + 1
+    assert last(public, outcome="sign-in")["user"] == "reader"
+    assert last(public, outcome="host")["host"] == "evil.example"
 
 
 # --- secrets -----------------------------------------------------------------------------------
@@ -515,7 +512,7 @@ def test_summary_counts_what_was_turned_away(public):
 def test_token_and_passwords_are_in_no_file_and_no_process_listing(public, cloud):
     secrets = [cloud.account.token, *json.loads(public.workspace.passwords.read_text()).values()]
     assert len(secrets) >= 6
-    for path in public.workspace.root.rglob("*"):
+    for path in public.workspace.root.parent.rglob("*"):  # with what the agent keeps
         if path.is_file() and path != public.workspace.passwords:
             content = path.read_bytes()
             assert not any(secret.encode() in content for secret in secrets), path
@@ -535,33 +532,29 @@ def test_notebook_signs_in_by_itself_and_its_files_are_in_the_workspace(public):
     assert note.read_text() == "hello"
 
 
-def test_answers_are_not_interrupted_when_the_tunnels_name_changes(public):
+def test_new_name_is_admitted_at_once_and_no_answer_is_interrupted(public):
     account = ("editor", credentials.password_of(public.workspace, "editor"))
-    codes, stop = [], threading.Event()
+    stop = threading.Event()
 
-    def ask():
-        with requests.Session() as asking:
-            while not stop.is_set():
-                codes.append(asking.get(f"{public.local}/version", auth=account).status_code)
+    def ask(**headers):
+        return requests.get(f"{public.local}/version", headers=headers, auth=account).status_code
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        for number in range(20):
-            before = len(codes)
-            users.change_rules(public.workspace, public=[public.host, f"x{number}.example"])
-            headers = {"Host": f"x{number}.example"}
-            answer = requests.get(f"{public.local}/version", headers=headers, auth=account)
-            assert answer.status_code == 200
-            # Two answers from here on: the second was asked for under the new rules.
-            while len(codes) < before + 2 and thread.is_alive():
-                time.sleep(0.01)
-    finally:
-        stop.set()
-        thread.join()
+    def keep_asking():
+        codes = {ask()}
+        while not stop.is_set():
+            codes.add(ask())
+        return codes
+
+    with ThreadPoolExecutor() as pool:
+        codes = pool.submit(keep_asking)
+        try:
+            for number in range(20):
+                users.change_rules(public.workspace, public=[public.host, f"x{number}.example"])
+                assert ask(Host=f"x{number}.example") == 200
+        finally:
+            stop.set()
     users.change_rules(public.workspace, public=[public.host])
-    assert len(codes) >= 40
-    assert set(codes) == {200}
+    assert codes.result() == {200}
 
 
 # --- what is compressed ------------------------------------------------------------------------

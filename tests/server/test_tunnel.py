@@ -293,34 +293,32 @@ def test_team_server_is_named_and_nothing_is_exposed(workspace, monkeypatch):
     assert not workspace.server.exists()
 
 
-def test_tunnel_that_dropped_is_opened_anew(ngrok, shown):
-    address = shown()
-    ngrok.drop(address.url)
-    assert outside(address.url).headers["Ngrok-Error-Code"] == "ERR_NGROK_3200"
-    again = shown()
-    assert again.url == address.url  # a free account has one constant domain
-    assert outside(again.url).status_code == 401
-    assert len(agents()) == 1
+def drop(ngrok, workspace):
+    (url,) = ngrok.endpoints
+    ngrok.drop(url)
+    assert outside(url).headers["Ngrok-Error-Code"] == "ERR_NGROK_3200"
 
 
-def test_agent_that_was_killed_is_started_anew(ngrok, shown):
-    address = shown()
+def kill_agent(ngrok, workspace):
     (agent,) = agents()
-    os.kill(agent.pid, signal.SIGKILL)
+    agent.kill()
     psutil.wait_procs([agent], timeout=10)
-    assert shown().url == address.url
-    assert outside(address.url).status_code == 401
 
 
-def test_stale_agent_of_this_process_is_closed_first(served, ngrok, shown):
-    shown()
-    (before,) = agents()
-    # As after a restart of the server in another folder: the note of the tunnel is gone.
-    (served.server / "tunnel.json").unlink()
+def lose_note(ngrok, workspace):
+    # As after a restart of the server in another folder.
+    (workspace.server / "tunnel.json").unlink()
+
+
+@pytest.mark.parametrize("lose", [drop, kill_agent, lose_note])
+def test_tunnel_that_is_lost_is_opened_anew(served, ngrok, shown, lose):
     address = shown()
-    (after,) = agents()
-    assert after.pid != before.pid
+    before = {agent.pid for agent in agents()}
+    lose(ngrok, served)
+    assert shown().url == address.url  # a free account has one constant domain
     assert outside(address.url).status_code == 401
+    (agent,) = agents()
+    assert agent.pid not in before
 
 
 @pytest.mark.slow
