@@ -12,7 +12,7 @@ from helpers.workspace import ParameterError
 def prepared(monkeypatch):
     """The workspaces for which a server was started."""
     workspaces = []
-    monkeypatch.setattr(server, "prepare", workspaces.append)
+    monkeypatch.setattr(server, "start", lambda workspace, wait: workspaces.append(workspace))
     return workspaces
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -325,9 +324,9 @@ def test_tunnel_that_is_lost_is_opened_anew(served, ngrok, shown, lose):
 def test_server_that_died_is_started_by_the_cell(workspace, ngrok):
     try:
         address = tunnel.show_ui(workspace, True)
-        state = json.loads((workspace.server / "state.json").read_text())
-        os.kill(state["pid"], signal.SIGKILL)
-        psutil.wait_procs([psutil.Process(state["pid"])], timeout=10)
+        died = processes.read_state(workspace.server)
+        psutil.Process(died.pid).kill()
+        assert wait_for(lambda: not died.alive)
         assert outside(address.url).headers["Ngrok-Error-Code"] == "ERR_NGROK_8012"
         again = tunnel.show_ui(workspace, True)
         assert outside(again.url).status_code == 401
