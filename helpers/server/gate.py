@@ -20,16 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from helpers.server import credentials, users
+from helpers.server import credentials, http, users
 from helpers.server.activity import SCORING_PATH, ActivityLog, is_look, kind_of
-from helpers.server.http import (
-    HOST,
-    LOCAL_HOSTS,
-    basic_credentials,
-    basic_header,
-    local_session,
-    read_body,
-)
 from helpers.server.processes import ServerProcess, read_state
 from helpers.workspace import Workspace
 
@@ -131,9 +123,9 @@ class Gate:
         self._log = ActivityLog(workspace.activity)
         # Requests of this machine pass MLflow with it while no sign-in is asked of them.
         password = credentials.stored_secret(workspace, credentials.NOTEBOOKS)
-        self._notebooks = basic_header(credentials.NOTEBOOKS, password)
-        self._address = f"{HOST}:{port}"
-        self._local = {name for host in LOCAL_HOSTS for name in (host, f"{host}:{port}")}
+        self._notebooks = http.basic_header(credentials.NOTEBOOKS, password)
+        self._address = f"{http.HOST}:{port}"
+        self._local = {name for host in http.LOCAL_HOSTS for name in (host, f"{host}:{port}")}
         # Wrong passwords by address and user, forgotten a minute after the last one.
         self._wrong = TTLCache(MOST_REMEMBERED, ttl=60)
 
@@ -195,7 +187,7 @@ class Gate:
         return origin is None or urlsplit(origin).netloc in own
 
     async def _sign_in(self, visit: Visit, outside: bool, rules: users.AccessRules) -> None:
-        given = basic_credentials(visit.headers["authorization"])
+        given = http.basic_credentials(visit.headers["authorization"])
         if given is None:
             raise UnauthorizedError("Sign in with a user name and a password.")
         user, _ = given
@@ -272,7 +264,7 @@ class Scoring:
     """
 
     def __init__(self, workspace: Workspace):
-        self._workspace, self._session = workspace, local_session()
+        self._workspace, self._session = workspace, http.local_session()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request as ASGI asks for it."""
@@ -286,7 +278,7 @@ class Scoring:
         await response(scope, receive, send)
 
     async def _respond(self, request: Request) -> Response:
-        body = await read_body(request)
+        body = await http.read_body(request)
         if body is None:
             raise RejectedError(413, "error", "Send fewer rows per request.")
         process = read_state(self._workspace.scoring)
@@ -316,7 +308,7 @@ class Scoring:
         path = request.scope["path"].removeprefix(SCORING_PATH.rstrip("/"))
         return self._session.request(
             request.method,
-            f"{process.url.replace('0.0.0.0', HOST)}{quote(path)}",
+            f"{process.url.replace('0.0.0.0', http.HOST)}{quote(path)}",
             params=query,
             data=body,
             headers={name: value for name, value in request.headers.items() if name in kept},

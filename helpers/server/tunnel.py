@@ -113,14 +113,14 @@ class PublicUi(Address):
                 return False
             if error is None:
                 reason = self._admit()
-                if reason is None:
-                    return False
             elif isinstance(error, PyngrokError):
                 reason = TunnelError(explain(error, self._domain).replace(self._token, "…"))
             else:
-                reason = None
-            ngrok_agent.end_tunnel(self._workspace)
+                reason = error
             if reason is None:
+                return False
+            ngrok_agent.end_tunnel(self._workspace)
+            if reason is error:
                 return False
         self._stay_local(reason)
         return True
