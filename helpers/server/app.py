@@ -27,23 +27,24 @@ class Accounts:
     """
 
     def __init__(self, auth):
-        self._auth = auth
+        # Looked up here: an MLflow that has them no more ends the start, not a request.
+        self._store, self._remembered = auth.store, auth._USER_AUTH_CACHE
+        self._key, self._authenticate = auth._auth_cache_key, auth._authenticate_cached
 
     def remembers(self, user: str, password: str) -> bool:
         """Tell whether this password was found right a short while ago."""
-        return self._auth._auth_cache_key(user, password) in self._auth._USER_AUTH_CACHE
+        return self._key(user, password) in self._remembered
 
     def authenticate(self, user: str, password: str):
-        """Return the account, with ``is_admin``, or None if there is none or it is not theirs."""
-        return self._auth._authenticate_cached(user, password)
+        """Return the account, with ``is_admin``, or None if user or password are wrong."""
+        return self._authenticate(user, password)
 
     def keep(self, user: str, password: str) -> None:
         """Make the account of an administrator, or give it today's password."""
-        store = self._auth.store
-        if not store.has_user(user):
-            store.create_user(user, password, is_admin=True)
-        elif not store.authenticate_user(user, password):
-            store.update_user(user, password=password)
+        if not self._store.has_user(user):
+            self._store.create_user(user, password, is_admin=True)
+        elif not self._store.authenticate_user(user, password):
+            self._store.update_user(user, password=password)
 
 
 def _configure_mlflow(workspace: Workspace) -> None:
