@@ -22,7 +22,7 @@ from helpers.tracking.runs import (
     start_run,
     user_name,
 )
-from helpers.tracking.search import log_child_runs
+from helpers.tracking.search import log_search
 
 __all__ = [
     "INTERFACE",
@@ -36,7 +36,7 @@ __all__ = [
     "keep_run",
     "latest_run",
     "load_model",
-    "log_child_runs",
+    "log_search",
     "log_figure",
     "log_model",
     "log_split",
