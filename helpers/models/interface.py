@@ -1,14 +1,17 @@
-"""The interface of both models: raw columns in, prediction and probabilities out.
+"""What both models do with rows: raw columns in, prediction and probabilities out.
 
 MLflow stores this file inside each logged model ("models from code") and runs it when a client
-loads the model. It therefore imports nothing from this project, and what runs a network or reads
-a classifier only where there is one.
+loads the model. That is why types, preprocessing, network and classifier are together here: it
+imports nothing from this project, and what runs a network or reads a classifier only where there
+is one.
 """
 
 import json
 import threading
 from collections import Counter
+from numbers import Real
 from pathlib import Path
+from reprlib import repr as shortened
 
 import mlflow
 import numpy as np
@@ -16,105 +19,95 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted, validate_data
 
-FEW_ROWS = 100  # up to which looking up every value beats finding the different ones
 MOST_ROWS = 1000  # that a network is asked at once; more would only take memory
-NUMBERS = {int, float, bool, type(None)}
-TRUTH = {"true": 1.0, "false": 0.0}
+TRUTH = {"true": 1.0, "false": 0.0, "1": 1.0, "0": 0.0, "1.0": 1.0, "0.0": 0.0}
 
 
-def _wrong_type(name, wanted, value):
-    return MlflowException(
-        f"Incompatible input type for column {name!r}: the model's signature asks for {wanted}, "
-        f"but there is {value!r}. Correct the column and send the rows again.",
-        error_code=INVALID_PARAMETER_VALUE,
-    )
+def _bad_input(text: str) -> MlflowException:
+    return MlflowException(text, error_code=INVALID_PARAMETER_VALUE)
 
 
-def _first_bad(column, bad):
-    return column[bad].iloc[0]
+def _require(good: np.ndarray, table: pd.DataFrame, wanted: str) -> None:
+    """Refuse the first value of a table that is not good, naming its column."""
+    if not good.all():
+        row, column = np.argwhere(~good)[0]
+        raise _bad_input(
+            f"Incompatible input type for column {table.columns[column]!r}: the model's signature "
+            f"asks for {wanted}, but there is {shortened(table.iat[row, column])}. Correct the "
+            "column and send the rows again."
+        )
 
 
-def _require_finite(column):
-    infinite = np.isinf(column)
-    if infinite.any():
-        raise _wrong_type(column.name, "finite numbers", _first_bad(column, infinite))
-    return column
+@np.vectorize(otypes=[bool])
+def _is_number(value) -> bool:
+    return isinstance(value, (Real, np.bool_))
 
 
-def _as_numbers(column):
-    """Return a float64 copy of a column of integers, floats or booleans; missing is NaN."""
-    if column.dtype.kind in "biuf":
-        return _require_finite(column.astype("float64"))
-    known = column.notna()
-    good = column.map(lambda value: isinstance(value, (bool, int, float, np.number, np.bool_)))
-    if (known & ~good).any():
-        raise _wrong_type(column.name, "numbers", _first_bad(column, known & ~good))
+@np.vectorize(otypes=["float64"])
+def _float(value) -> float:
     try:
-        return _require_finite(column.where(known, np.nan).astype("float64"))
-    except OverflowError:
-        raise _wrong_type(column.name, "finite numbers", "a number of 309 digits or more") from None
+        return float(value)
+    except OverflowError:  # an integer of 309 digits or more
+        return np.inf
 
 
-def _as_truth(column):
-    """Return 0.0 and 1.0 for booleans, 0 and 1, or the texts true and false."""
-    texts = column.map(lambda value: TRUTH.get(str(value).strip().lower(), value))
-    numbers = _as_numbers(texts.infer_objects().rename(column.name))
-    bad = numbers.notna() & ~numbers.isin([0.0, 1.0])
-    if bad.any():
-        raise _wrong_type(column.name, "true or false", _first_bad(column, bad))
-    return numbers
+def _as_numbers(table: pd.DataFrame) -> pd.DataFrame:
+    """Return integers, floats and booleans as float64; missing is NaN."""
+    values = table.to_numpy()
+    if values.dtype.kind not in "biuf":
+        missing = pd.isna(values)
+        _require(missing | _is_number(values), table, "numbers")
+        values = _float(np.where(missing, np.nan, values))
+    values = values.astype("float64")
+    _require(~np.isinf(values), table, "finite numbers")
+    return pd.DataFrame(values, columns=table.columns, index=table.index)
 
 
-def _written(value):
-    """Return a whole number as it is written in a CSV, anything else as it is."""
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else value
+def _as_truth(table: pd.DataFrame) -> pd.DataFrame:
+    """Return 0.0 and 1.0 for booleans, 0 and 1, or the texts true and false; missing is NaN."""
+    values = table.astype(object).map(lambda value: TRUTH.get(str(value).strip().lower()))
+    _require((table.isna() | values.notna()).to_numpy(), table, "true or false")
+    return values.astype("float64")
+
+
+def _whole(value):
+    """Return a number without a fraction as an integer, anything else as it is."""
+    if isinstance(value, (float, np.number)) and float(value).is_integer():
+        return int(value)
     return value
 
 
-def _as_texts(column):
-    """Return an object column of texts; missing is None.
+def _text(value):
+    """Return a text without blanks around it, a whole number as a CSV has it; None: neither.
 
     Codes such as A1, 2 and 3 are texts, but where rows happen to have only 2 and 3, or these
     and gaps, pandas reads them as numbers.
     """
-    column = column.astype(object).map(_written, na_action="ignore")
-    known = column.notna()
-    good = column.map(lambda value: isinstance(value, str))
-    if (known & ~good).any():
-        raise _wrong_type(column.name, "texts", _first_bad(column, known & ~good))
-    return column.map(str.strip, na_action="ignore").where(known, None)
+    if isinstance(value, str):
+        return value.strip()
+    whole = _whole(value)
+    return str(whole) if isinstance(whole, int) and not isinstance(whole, bool) else None
 
 
-def _numbers_at_once(values):
-    """Return an array of finite or missing numbers as float64, or None for any other.
-
-    Column by column, the conversion takes longer than the model.
-    """
-    if values.dtype.kind == "O":
-        if not set(map(type, values.ravel().tolist())) <= NUMBERS:
-            return None
-        try:
-            values = values.astype("float64")
-        except OverflowError:
-            return None
-    if values.dtype.kind not in "biuf":
-        return None
-    values = values.astype("float64")
-    return values if np.isfinite(np.nansum(values)) else None
+def _as_texts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return texts as objects; missing is None."""
+    texts = table.astype(object).map(_text)
+    _require((table.isna() | texts.notna()).to_numpy(), table, "texts")
+    return texts
 
 
 CONVERTERS = {"number": _as_numbers, "boolean": _as_truth, "text": _as_texts}
 
 
-def convert(frame, columns):
+def convert(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """Bring a client's rows into the order and types that the model was trained on.
 
     Parameters
     ----------
-    frame : pandas.DataFrame, shape (n_rows, n_columns)
+    frame : shape (n_rows, n_columns)
         Raw columns in any order; more columns than the model knows are ignored. Blanks
         around names are, too, unless another column has the name without them.
     columns : dict of str to {'number', 'boolean', 'text'}
@@ -128,30 +121,27 @@ def convert(frame, columns):
     Raises
     ------
     mlflow.exceptions.MlflowException
-        If a column is missing or of another type; names the column.
+        If a column is missing, twice there or of another type; names the column.
     """
     twice = frame.columns[frame.columns.duplicated()]
     if len(twice):
-        raise MlflowException(
-            f"The column {twice[0]!r} is there more than once.", error_code=INVALID_PARAMETER_VALUE
-        )
+        raise _bad_input(f"The column {twice[0]!r} is there more than once.")
     given = {str(name).strip(): name for name in frame.columns}
     given |= {name: name for name in frame.columns}
     missing = [name for name in columns if name not in given]
     if missing:
-        raise MlflowException(
-            f"Model is missing inputs {missing}.", error_code=INVALID_PARAMETER_VALUE
-        )
-    names = [given[name] for name in columns]
-    chosen = frame if list(frame.columns) == names else frame[names]
-    if set(columns.values()) == {"number"}:
-        values = _numbers_at_once(chosen.to_numpy())
-        if values is not None:
-            return pd.DataFrame(values, columns=list(columns), index=frame.index)
-    return pd.DataFrame(
-        {name: CONVERTERS[kind](frame[given[name]].rename(name)) for name, kind in columns.items()},
-        index=frame.index,
-    )
+        raise _bad_input(f"Model is missing inputs {missing}.")
+    rows = frame
+    if list(frame.columns) != list(columns):
+        rows = frame[[given[name] for name in columns]].set_axis(list(columns), axis=1)
+    kinds = set(columns.values())
+    if len(kinds) == 1:
+        return CONVERTERS[kinds.pop()](rows)
+    blocks = [
+        CONVERTERS[kind](rows[[name for name in columns if columns[name] == kind]])
+        for kind in kinds
+    ]
+    return pd.concat(blocks, axis=1)[list(columns)]
 
 
 class TabularPreprocessor(TransformerMixin, BaseEstimator):
@@ -206,38 +196,21 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
         return tags
 
     def fit(self, X, y=None):
-        """Learn levels, medians, scales and quantiles.
-
-        Parameters
-        ----------
-        X : pandas.DataFrame or numpy.ndarray, shape (n_rows, n_columns)
-        y : None
-            Unused; part of scikit-learn's interface.
-
-        Returns
-        -------
-        self
+        """Learn levels, medians, scales and quantiles from a DataFrame or array.
 
         Raises
         ------
         ValueError
             If a categorical column is missing, or another one holds something else than finite
-            numbers and gaps; names the column.
+            numbers and gaps.
         """
         values = self._values(X, reset=True)
-        names = self._names()
-        missing = [name for name in self.categorical if name not in names]
-        if missing:
-            raise ValueError(f"There is no categorical column {missing[0]!r} in the table.")
         self._divide()
-        learnt = [_frequent_levels(values[:, n], self.min_frequency) for n in self._categories]
+        categories, numbers = self._categories_of(values), self._numbers_of(values)
+        assert_all_finite(numbers, allow_nan=True)
+        learnt = [_frequent_levels(column, self.min_frequency) for column in categories]
         self.levels_ = [levels for levels, _ in learnt]
         self.pooled_ = [pooled for _, pooled in learnt]
-        numbers = self._numbers(values)
-        infinite = np.isinf(numbers).any(axis=0)
-        if infinite.any():
-            name = names[self._numeric[infinite.argmax()]]
-            raise ValueError(f"The column {name!r} has infinite numbers. Leave these rows out.")
         gaps = np.isnan(numbers)
         # A column without a single value is a constant.
         numbers[:, gaps.all(axis=0)] = 0.0
@@ -251,7 +224,7 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
         self._place()
         return self
 
-    def _codes(self, filled, numbers):
+    def _codes(self, filled: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Return shift, scale, lowest and highest output of each output of a number."""
         spread = filled.std() if np.ptp(filled) > 0 else 0.0
         codes = [[filled.mean(), spread or 1.0, -self.clip, self.clip]]
@@ -263,13 +236,13 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
             ]
         return np.array(codes)
 
-    def _divide(self):
+    def _divide(self) -> None:
         """Tell the positions of categories from those of numbers."""
         names = self._names()
         self._categories = [names.index(name) for name in self.categorical]
         self._numeric = [n for n in range(len(names)) if n not in set(self._categories)]
 
-    def _place(self):
+    def _place(self) -> None:
         """Derive from what was learnt which output belongs to what."""
         self._outputs, start = [], len(self.codes_)
         for levels, pooled in zip(self.levels_, self.pooled_, strict=True):
@@ -280,42 +253,29 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
         self._source = self.codes_[:, 0].astype(int)
         self._shift, self._scale, self._low, self._high = self.codes_.T[2:].copy()
 
-    def _names(self):
+    def _names(self) -> list:
         return list(getattr(self, "feature_names_in_", range(self.n_features_in_)))
 
-    def _values(self, X, reset=False):
+    def _values(self, X, reset: bool = False) -> np.ndarray:
         """Return a table as one array, after scikit-learn's checks."""
-        if isinstance(X, pd.DataFrame):
-            # The checks of the names take longer than the rest for a single row.
-            if reset or X.columns.tolist() != self._names():
-                validate_data(self, X, reset=reset, skip_check_array=True)
-            if reset and not len(X):
-                raise ValueError("There are no rows to fit the preprocessing to.")
+        # These take longer than the rest for a single row of a table with the right names.
+        if isinstance(X, pd.DataFrame) and not reset and X.columns.tolist() == self._names():
             return X.to_numpy()
         kind = object if len(self.categorical) else "float64"
         return validate_data(self, X, reset=reset, dtype=kind, ensure_all_finite="allow-nan")
 
-    def _numbers(self, values):
+    def _categories_of(self, values: np.ndarray) -> list[list]:
+        """Return the values of each categorical column; all signs for missing become None."""
+        columns = values[:, self._categories].T
+        return np.where(pd.isna(columns), None, columns).tolist()
+
+    def _numbers_of(self, values: np.ndarray) -> np.ndarray:
         """Return the numeric columns as a float64 array; missing is NaN."""
         numbers = values[:, self._numeric]
-        try:
-            return numbers.astype("float64")
-        except TypeError:  # pandas' own sign for missing
-            return np.where(pd.isna(numbers), np.nan, numbers).astype("float64")
-        except ValueError:
-            texts = [any(isinstance(each, str) for each in column) for column in numbers.T]
-            name = self._names()[self._numeric[texts.index(True)]] if any(texts) else "?"
-            raise ValueError(
-                f"The column {name!r} has texts. Name it in `categorical`, or correct it."
-            ) from None
+        return np.where(pd.isna(numbers), np.nan, numbers).astype("float64")
 
-    def transform(self, X):
-        """Return the inputs of a model.
-
-        Parameters
-        ----------
-        X : pandas.DataFrame or numpy.ndarray, shape (n_rows, n_columns)
-            The columns of `fit`, in their order.
+    def transform(self, X) -> np.ndarray:
+        """Return the inputs of a model for a table with the columns of `fit`, in their order.
 
         Returns
         -------
@@ -324,29 +284,23 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
         check_is_fitted(self, "codes_")
         values = self._values(X)
         outputs = np.zeros((len(values), self._n_outputs))
-        if self._categories:
-            columns = zip(self._categories, self._outputs, strict=True)
-            places = np.array([_look_up(values[:, n], *outputs) for n, outputs in columns]).T
-            rows, columns = np.nonzero(places >= 0)
-            outputs[rows, places[rows, columns]] = 1.0
-        numbers = self._numbers(values)
+        places = [
+            [positions.get(value, other) for value in column]
+            for column, (positions, other) in zip(
+                self._categories_of(values), self._outputs, strict=True
+            )
+        ]
+        places = np.array(places, int).reshape(len(places), len(values))
+        columns, rows = np.nonzero(places >= 0)
+        outputs[rows, places[columns, rows]] = 1.0
+        numbers = self._numbers_of(values)
         numbers = np.where(np.isnan(numbers), self.median_, numbers)
         scaled = (numbers[:, self._source] - self._shift) / self._scale
         outputs[:, : len(self._source)] = np.clip(scaled, self._low, self._high)
         return outputs
 
-    def get_feature_names_out(self, input_features=None):
-        """Return a name for each output, such as ``city_Porto``, ``city_other`` or ``age_bin1``.
-
-        Parameters
-        ----------
-        input_features : sequence of str, optional
-            Names of the columns, where `fit` saw none.
-
-        Returns
-        -------
-        numpy.ndarray of str, shape (n_outputs,)
-        """
+    def get_feature_names_out(self, input_features=None) -> np.ndarray:
+        """Return a name for each output, such as ``city_Porto``, ``city_other`` or ``age_bin1``."""
         check_is_fitted(self, "codes_")
         names = _check_feature_names_in(self, input_features)
         made = []
@@ -360,7 +314,7 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
             made += [f"{names[column]}_{level}" for level in every]
         return np.array(made, dtype=object)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """Return parameters and what was learnt, as JSON can hold it."""
         return {
             "parameters": {**self.get_params(), "categorical": list(self.categorical)},
@@ -372,17 +326,8 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
         }
 
     @classmethod
-    def from_dict(cls, content):
-        """Make a fitted transformer from what `to_dict` returned.
-
-        Parameters
-        ----------
-        content : dict
-
-        Returns
-        -------
-        TabularPreprocessor
-        """
+    def from_dict(cls, content: dict) -> "TabularPreprocessor":
+        """Make a fitted transformer from what `to_dict` returned."""
         made = cls(**content["parameters"])
         made.n_features_in_ = len(content["columns"])
         if made.n_features_in_ and isinstance(content["columns"][0], str):
@@ -395,43 +340,19 @@ class TabularPreprocessor(TransformerMixin, BaseEstimator):
         return made
 
 
-def _key(value):
-    """Return a value as a key; every sign for missing, some of which equal nothing, is None."""
-    return None if pd.isna(value) else value
-
-
-def _is_whole(value):
-    return isinstance(value, (float, np.number)) and float(value).is_integer()
-
-
-def _frequent_levels(column, min_frequency):
+def _frequent_levels(column: list, min_frequency: int) -> tuple[list, bool]:
     """Return the levels of at least so many rows, in order, and whether there are others."""
-    counts = Counter(map(_key, column.tolist()))
-    levels = [level for level, count in counts.items() if count >= min_frequency]
+    counts = Counter(column)
     # Codes next to floats became floats, which would look strange in names of outputs.
-    levels = [int(each) if _is_whole(each) else each for each in levels]
+    levels = [_whole(level) for level, count in counts.items() if count >= min_frequency]
     order = sorted(levels, key=lambda level: (level is None, isinstance(level, str), level))
     return order, len(levels) < len(counts)
 
 
-def _look_up(column, positions, other):
-    """Return the output of each value of a categorical column; -1 for none."""
-    if len(column) < FEW_ROWS:
-        return [positions.get(_key(value), other) for value in column.tolist()]
-    codes, different = pd.factorize(column, use_na_sentinel=False)
-    return np.array([positions.get(_key(value), other) for value in different])[codes]
-
-
 class LiteNetwork:
-    """A network converted to LiteRT; any number of threads may ask it.
+    """A network converted to LiteRT, from `tf.lite.TFLiteConverter`; threads may share it."""
 
-    Parameters
-    ----------
-    content : bytes
-        From `tf.lite.TFLiteConverter`.
-    """
-
-    def __init__(self, content):
+    def __init__(self, content: bytes):
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
         # Without the delegate for large networks, and its remark on the error stream.
@@ -443,23 +364,14 @@ class LiteNetwork:
         self._answer = self._interpreter.get_output_details()[0]["index"]
         self._n_rows, self._lock = None, threading.Lock()
 
-    def predict_proba(self, inputs):
-        """Return class probabilities.
-
-        Parameters
-        ----------
-        inputs : numpy.ndarray, shape (n_rows, n_inputs)
-
-        Returns
-        -------
-        numpy.ndarray, shape (n_rows, n_classes), float32
-        """
+    def predict_proba(self, inputs: np.ndarray) -> np.ndarray:
+        """Return class probabilities, shape (n_rows, n_classes), float32."""
         inputs = np.asarray(inputs, "float32")
         with self._lock:
             starts = range(0, len(inputs), MOST_ROWS)
             return np.concatenate([self._ask(inputs[n : n + MOST_ROWS]) for n in starts])
 
-    def _ask(self, inputs):
+    def _ask(self, inputs: np.ndarray) -> np.ndarray:
         if len(inputs) != self._n_rows:
             self._interpreter.resize_tensor_input(self._place, inputs.shape)
             self._interpreter.allocate_tensors()
@@ -478,12 +390,7 @@ class TabularClassifier(mlflow.pyfunc.PythonModel):
     """
 
     def load_context(self, context):
-        """Load the fitted parts.
-
-        Parameters
-        ----------
-        context : mlflow.pyfunc.PythonModelContext
-        """
+        """Load the fitted parts."""
         folder = Path(context.artifacts["model"])
         interface = json.loads((folder / "interface.json").read_text(encoding="utf-8"))
         self.columns = interface["columns"]
@@ -497,15 +404,7 @@ class TabularClassifier(mlflow.pyfunc.PythonModel):
             self.model = joblib.load(folder / "classifier.joblib")
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
-        """Classify rows.
-
-        Parameters
-        ----------
-        context : mlflow.pyfunc.PythonModelContext
-        model_input : pandas.DataFrame, shape (n_rows, n_columns)
-            The raw columns of the CSV, in any order.
-        params : dict, optional
-            Unused; part of MLflow's interface.
+        """Classify rows with the raw columns of the CSV, in any order.
 
         Returns
         -------
@@ -520,19 +419,10 @@ class TabularClassifier(mlflow.pyfunc.PythonModel):
             answer[f"probability_{label}"] = probabilities[:, number]
         return pd.DataFrame(answer, index=rows.index)
 
-    def classify(self, rows):
-        """Classify rows that are converted already, without the cost of a table.
+    def classify(self, rows: pd.DataFrame) -> tuple[list, np.ndarray]:
+        """Return labels and probabilities of rows from `convert`, without the cost of a table.
 
-        Parameters
-        ----------
-        rows : pandas.DataFrame, shape (n_rows, n_columns)
-            From `convert`.
-
-        Returns
-        -------
-        predictions : list
-            Labels, shape (n_rows,).
-        probabilities : numpy.ndarray, shape (n_rows, n_classes), float64
+        Probabilities have shape (n_rows, n_classes), float64.
         """
         probabilities = np.zeros((0, len(self.labels)))
         if len(rows):

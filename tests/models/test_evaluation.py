@@ -1,0 +1,58 @@
+"""The metrics: those of scikit-learn, one name each, and those of the model that is logged."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    log_loss,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
+
+from helpers.models.evaluation import compute_metrics
+
+
+def test_logged_metrics_are_those_of_the_model_loaded_back(logged, small_split):
+    answer, y = logged.model.predict(small_split.X_test), small_split.y_test
+    guess, chances = answer["prediction"], answer.iloc[:, 1:].to_numpy()
+    expected = {
+        "accuracy": accuracy_score(y, guess),
+        "log_loss": log_loss(y, chances),
+        "roc_auc_ovr": roc_auc_score(y, chances, multi_class="ovr"),
+    }
+    scores = {"f1": f1_score, "precision": precision_score, "recall": recall_score}
+    for name, score in scores.items():
+        for average in ("micro", "macro"):
+            expected[f"{name}_{average}"] = score(y, guess, average=average, zero_division=0)
+        each = score(y, guess, average=None, labels=small_split.labels, zero_division=0)
+        expected |= {
+            f"{name}_{label}": value for label, value in zip(small_split.labels, each, strict=True)
+        }
+    stored = {name: logged.run.data.metrics[name] for name in expected}
+    assert stored == pytest.approx(expected, abs=1e-6)
+    assert expected["accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["macro", "micro", "other"], ["macro_2", "micro_2", "other"]),
+        (["A*", "A+", "B"], ["A_", "A__2", "B"]),
+        (["A*", "A+", "A__2"], ["A_", "A__2", "A__2_2"]),
+    ],
+)
+def test_metrics_of_classes_overwrite_neither_averages_nor_each_other(labels, names):
+    truth = np.array(labels)[[0, 0, 0, 0, 1, 1, 1, 2, 2]]
+    guess = np.array(labels)[[0, 0, 0, 1, 1, 2, 2, 2, 0]]
+    answer = pd.DataFrame({"prediction": guess})
+    for label in labels:
+        answer[f"probability_{label}"] = np.where(guess == label, 0.8, 0.1)
+    metrics = compute_metrics(truth, answer, labels)
+    for score, function in {"f1": f1_score, "recall": recall_score}.items():
+        for average in ("micro", "macro"):
+            assert metrics[f"{score}_{average}"] == function(truth, guess, average=average)
+        each = function(truth, guess, average=None, labels=labels)
+        assert [metrics[f"{score}_{name}"] for name in names] == each.tolist()

@@ -1,0 +1,136 @@
+"""Notebook 02's network: its layers, its training, and what surrounds it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import mlflow
+import numpy as np
+import pytest
+
+from helpers import tracking
+from helpers.models import cnn
+from helpers.workspace import ParameterError
+from tests.cells import train_network
+
+QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8, "steps": 200}
+LONGER = {**QUICK, "steps": 600}
+
+
+def test_network_is_the_documented_one(small_split, workspace, tracking_server):
+    made = train_network(small_split, workspace, **QUICK, KERNEL_SIZE=5)
+    assert [type(layer) for layer in made.network.layers] == [
+        keras.layers.Reshape,
+        keras.layers.Conv1D,
+        keras.layers.MaxPooling1D,
+        keras.layers.Flatten,
+        keras.layers.Dense,
+    ]
+    assert made.network.layers[0].output.shape == (None, made.X_train.shape[1], 1)
+    assert made.network.layers[1].activation is keras.activations.relu
+    assert made.network.layers[4].activation is keras.activations.softmax
+    table = cnn.history_table(made.history)
+    assert {"loss", "accuracy", "val_loss", "val_accuracy"} == set(table.columns)
+    assert table.index[0] == 1
+    assert len(table) == made.epochs
+    params = mlflow.get_run(made.run.info.run_id).data.params
+    (path,) = Path(
+        mlflow.artifacts.download_artifacts(made.model_info.model_uri, dst_path=workspace.root)
+    ).rglob("network.keras")
+    stored = keras.saving.load_model(path)
+    sizes = {
+        "n_parameters": stored.count_params(),
+        "filters": stored.layers[1].filters,
+        "kernel_size": stored.layers[1].kernel_size[0],
+    }
+    assert {name: int(params[name]) for name in sizes} == sizes
+
+
+def test_same_seed_gives_the_same_network_whatever_the_test_rows(
+    small_split, workspace, tracking_server
+):
+    spoilt = small_split.X_test.assign(length=1e6, width=-1e6, age=10**6, city="nowhere")
+    changed = replace(small_split, X_test=spoilt, y_test=small_split.y_test[::-1])
+    first, second = (train_network(split, workspace, **QUICK) for split in (small_split, changed))
+    assert first.history.history == second.history.history
+    for one, two in zip(first.network.get_weights(), second.network.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("n_inputs", [1, 2, 3])
+def test_network_takes_tables_with_very_few_inputs(
+    small_split, workspace, tracking_server, n_inputs
+):
+    names = ["length", "width", "age"][:n_inputs]
+    X_train, X_test = small_split.X_train[names], small_split.X_test[names]
+    manifest = {**small_split.manifest, "categorical": [], "numeric": names}
+    split = replace(small_split, X_train=X_train, X_test=X_test, manifest=manifest)
+    made = train_network(split, workspace, **QUICK, N_BINS=0)
+    params = mlflow.get_run(made.run.info.run_id).data.params
+    sizes = {"n_inputs": n_inputs, "kernel_size": n_inputs, "pool_size": 1}
+    assert {name: int(params[name]) for name in sizes} == sizes
+
+
+def test_small_table_gets_enough_steps():
+    assert cnn.epochs_for(3096, 30, 64) == 30
+    assert cnn.epochs_for(105, 30, 64) == 300
+    assert cnn.epochs_for(5, 1000, 64) == 1000
+
+
+def test_class_weights_average_one_over_the_rows_and_favour_small_classes():
+    targets = np.repeat([0, 1, 2], [70, 20, 10])
+    for power in (0.0, 0.3, 1.0):
+        weights = cnn.class_weights(targets, power)
+        assert np.mean([weights[target] for target in targets]) == pytest.approx(1)
+        assert weights[2] / weights[0] == pytest.approx(7**power)
+
+
+def test_network_larger_than_memory_is_refused_by_name():
+    cnn.check_memory(200, 3, 32, 9, 64)
+    with pytest.raises(ParameterError, match=r"FILTERS = 10000000.*GiB.*Make FILTERS"):
+        cnn.check_memory(200, 3, 10**7, 9, 64)
+
+
+class _PulledPlugError(Exception):
+    """Stands for a machine that disappears."""
+
+
+def test_interrupted_training_goes_on_but_only_with_the_same_settings(
+    small_split, workspace, tracking_server, monkeypatch
+):
+    class Pulled(cnn.LogToMlflow):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            if epoch == 40:
+                raise _PulledPlugError
+
+    with monkeypatch.context() as patch, pytest.raises(_PulledPlugError):
+        patch.setattr(cnn, "LogToMlflow", Pulled)
+        train_network(small_split, workspace, **LONGER)
+    first = {}
+    for seed in (1, 0):
+        made = train_network(small_split, workspace, **LONGER, SEED=seed)
+        losses = mlflow.MlflowClient().get_metric_history(made.run.info.run_id, "train_loss")
+        first[seed] = losses[0].step
+        assert losses[-1].step == made.epochs
+    assert first[1] == 1
+    assert 20 < first[0] <= 41
+    other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
+    network = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    folders = {
+        cnn.backup_folder(workspace.training, each, network, seed=0)
+        for each in (small_split, other)
+    }
+    assert len(folders) == 2
+
+
+def test_network_that_answers_otherwise_once_converted_is_not_logged(
+    small_split, workspace, tracking_server, monkeypatch
+):
+    convert = cnn.to_litert
+
+    monkeypatch.setattr(
+        cnn, "to_litert", lambda network: convert(keras.models.clone_model(network))
+    )
+    with pytest.raises(tracking.ModelError, match="answers otherwise"):
+        train_network(small_split, workspace, **QUICK)
