@@ -17,6 +17,7 @@ os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
+from helpers.data import Split
 from helpers.display import progress, silenced_libraries
 
 with silenced_libraries():
@@ -42,19 +43,14 @@ from mlflow.entities import Metric
 from helpers.workspace import ParameterError
 
 FEWEST_STEPS = 600  # of a training; a small table has few batches, and gets more epochs
-MOST_METRICS = 1000  # that MLflow takes in one request
 COPIES = 8  # of its activations and weights that a training holds at once, roughly
 
 
 def class_weights(y: np.ndarray, power: float) -> dict[int, float]:
     """Return the weight of each class: its balanced weight to a power, 1 on average.
 
-    Parameters
-    ----------
-    y : numpy.ndarray, shape (n_rows,), int
-        Positions of the labels.
-    power : float
-        0: all classes weigh the same; 1: every class weighs the same in sum.
+    With power 0 all classes weigh the same, with 1 every class weighs the same in sum; `y` has
+    the labels' positions.
     """
     counts = np.bincount(y)
     weights = (len(y) / (len(counts) * counts)) ** power
@@ -68,16 +64,11 @@ def epochs_for(n_rows: int, epochs: int, batch_size: int) -> int:
 
 
 class Progress(keras.callbacks.Callback):
-    """A bar of one line with the losses.
-
-    Parameters
-    ----------
-    epochs : int
-    """
+    """A bar of one line with the losses."""
 
     def __init__(self, epochs: int):
         super().__init__()
-        self._epochs, self._bar = epochs, None
+        self._epochs = epochs
 
     def on_train_begin(self, logs=None):
         """Show the bar."""
@@ -120,41 +111,24 @@ class LogToMlflow(keras.callbacks.Callback):
         self._send()
 
     def _send(self):
-        run = mlflow.active_run()
-        if run is not None:
-            mlflow.MlflowClient().log_batch(run.info.run_id, self._waiting)
+        mlflow.MlflowClient().log_batch(mlflow.active_run().info.run_id, self._waiting)
         self._waiting, self._sent = [], time.time()
 
 
-def backup_folder(folder: Path, split, network: keras.Model, **settings) -> Path:
-    """Return a folder for `keras.callbacks.BackupAndRestore`.
+def backup_folder(folder: Path, split: Split, network: keras.Model, **settings) -> Path:
+    """Return a folder below `folder` for `keras.callbacks.BackupAndRestore`.
 
     Its name is a digest of all that the training depends on: with another setting, split or
     version of Keras a training starts anew.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Such as `Workspace.training`.
-    split : helpers.data.Split
-    network : keras.Model
-    **settings
-        Numbers or texts.
     """
     shapes = [list(weight.shape) for weight in network.weights]
     key = [settings, shapes, split.manifest["split_digest"], keras.__version__, tf.__version__]
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return Path(folder) / digest[:24]
+    return folder / digest[:24]
 
 
 def check_memory(n_inputs: int, n_classes: int, filters: int, kernel_size: int, batch_size: int):
-    """Make sure that a network fits into this machine's memory before it is built.
-
-    Raises
-    ------
-    ParameterError
-        If it does not; names the parameters to make smaller.
-    """
+    """Raise ParameterError if a network is too large for this machine, before it is built."""
     activations = batch_size * max(1, n_inputs - kernel_size + 1) * filters
     weights = filters * (kernel_size + n_inputs // 2 * n_classes)
     needed = 4 * COPIES * (activations + weights)
@@ -187,13 +161,7 @@ def history_table(history: keras.callbacks.History) -> pd.DataFrame:
 def log_training(network: keras.Model, rehearsal: pd.DataFrame, **settings):
     """Log settings, size and validation curves of a trained network in the active run.
 
-    Parameters
-    ----------
-    network : keras.Model
-    rehearsal : pandas.DataFrame, shape (n_epochs, n_curves)
-        From `history_table`, of a training with a held-out part: ``val_loss`` and so on.
-    **settings
-        Numbers or texts.
+    The curves are those of a training with a held-out part, from `history_table`.
     """
     sizes = {
         "pool_size": network.layers[2].pool_size[0],  # 1 where there is one place only
@@ -208,6 +176,4 @@ def log_training(network: keras.Model, rehearsal: pd.DataFrame, **settings):
     metrics = [
         Metric(name, value, now, epoch) for name, curve in curves for epoch, value in curve.items()
     ]
-    for start in range(0, len(metrics), MOST_METRICS):
-        part = metrics[start : start + MOST_METRICS]
-        mlflow.MlflowClient().log_batch(mlflow.active_run().info.run_id, part)
+    mlflow.MlflowClient().log_batch(mlflow.active_run().info.run_id, metrics)

@@ -1,5 +1,8 @@
 """Metrics on the test rows, the confusion matrix, and the comparison of models."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import (
@@ -20,24 +23,17 @@ METRIC_NAMES = {  # where a person reads them
 HEADLINE = ("accuracy", "f1_macro", "log_loss", "roc_auc_ovr")
 
 
-def metric_name(text):
+SCORES = ("precision", "recall", "f1")
+
+
+def metric_name(text) -> str:
     """Return a label in the characters that MLflow allows in a metric's name."""
     allowed = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in str(text))
     return allowed.strip() or "_"
 
 
-def class_names(labels):
-    """Return one name per class for its metrics, none that of an average or of another class.
-
-    Parameters
-    ----------
-    labels : sequence
-
-    Returns
-    -------
-    list of str
-        In the order of `labels`.
-    """
+def class_names(labels: Sequence) -> list[str]:
+    """Return one name per class for its metrics, none that of an average or of another class."""
     names = ["micro", "macro"]
     for label in labels:
         name, number = metric_name(label), 1
@@ -48,36 +44,7 @@ def class_names(labels):
     return names[2:]
 
 
-def _average_scores(y_true, y_pred, labels):
-    scores = {}
-    for average in ("micro", "macro"):
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            y_true, y_pred, labels=labels, average=average, zero_division=0
-        )
-        scores |= {
-            f"f1_{average}": f1,
-            f"precision_{average}": precision,
-            f"recall_{average}": recall,
-        }
-    return scores
-
-
-def _class_scores(y_true, y_pred, labels):
-    columns = precision_recall_fscore_support(y_true, y_pred, labels=labels, zero_division=0)
-    return {
-        f"{score}_{name}": value
-        for score, values in zip(("precision", "recall", "f1"), columns, strict=False)
-        for name, value in zip(class_names(labels), values, strict=True)
-    }
-
-
-def _ranking_score(y_true, probabilities, labels):
-    if len(labels) == 2:
-        return roc_auc_score(np.asarray(y_true) == labels[1], probabilities[:, 1])
-    return roc_auc_score(y_true, probabilities, multi_class="ovr", labels=labels)
-
-
-def compute_metrics(y_true, answer, labels):
+def compute_metrics(y_true, answer: pd.DataFrame, labels: Sequence) -> dict[str, float]:
     """Compute every metric of the series.
 
     In single-label problems the micro averages equal accuracy by definition; the macro and
@@ -87,9 +54,9 @@ def compute_metrics(y_true, answer, labels):
     ----------
     y_true : array-like, shape (n_rows,)
         Labels as in the CSV.
-    answer : pandas.DataFrame, shape (n_rows, 1 + n_classes)
+    answer : shape (n_rows, 1 + n_classes)
         A model's answer: ``prediction`` and ``probability_<label>``.
-    labels : sequence
+    labels
         All class labels, sorted.
 
     Returns
@@ -104,27 +71,27 @@ def compute_metrics(y_true, answer, labels):
     y_true, y_pred = np.asarray(y_true), answer["prediction"].to_numpy()
     metrics = {
         "accuracy": accuracy_score(y_true, y_pred),
-        **_average_scores(y_true, y_pred, labels),
-        **_class_scores(y_true, y_pred, labels),
         "log_loss": log_loss(y_true, probabilities, labels=labels),
-        "roc_auc_ovr": _ranking_score(y_true, probabilities, labels),
+        "roc_auc_ovr": _roc_auc(y_true, probabilities, labels),
     }
+    score = partial(precision_recall_fscore_support, y_true, y_pred, labels=labels, zero_division=0)
+    for average in ("micro", "macro"):
+        for name, value in zip(SCORES, score(average=average), strict=False):
+            metrics[f"{name}_{average}"] = value
+    for name, values in zip(SCORES, score(), strict=False):
+        for label, value in zip(class_names(labels), values, strict=True):
+            metrics[f"{name}_{label}"] = value
     return {name: float(value) for name, value in metrics.items()}
 
 
-def majority_baseline(y_train, y_test, labels):
-    """Compute the metrics of always answering the most frequent class of the training rows.
+def _roc_auc(y_true: np.ndarray, probabilities: np.ndarray, labels: Sequence) -> float:
+    if len(labels) == 2:
+        return roc_auc_score(y_true == labels[1], probabilities[:, 1])
+    return roc_auc_score(y_true, probabilities, multi_class="ovr", labels=labels)
 
-    Parameters
-    ----------
-    y_train, y_test : pandas.Series
-    labels : sequence
 
-    Returns
-    -------
-    dict of str to float
-        See `compute_metrics`.
-    """
+def majority_baseline(y_train: pd.Series, y_test: pd.Series, labels: Sequence) -> dict[str, float]:
+    """Compute the metrics of always answering the most frequent class of the training rows."""
     shares = y_train.value_counts(normalize=True)
     answer = pd.DataFrame({"prediction": [shares.idxmax()] * len(y_test)})
     for label in labels:
@@ -132,20 +99,7 @@ def majority_baseline(y_train, y_test, labels):
     return compute_metrics(y_test, answer, labels)
 
 
-def metrics_table(metrics, names=None):
-    """Lay metrics out as a table.
-
-    Parameters
-    ----------
-    metrics : dict of str to dict
-        Metrics by model.
-    names : sequence of str, optional
-        Which metrics; default: all.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row per metric, one column per model.
-    """
+def metrics_table(metrics: dict[str, dict], names: Sequence[str] = ()) -> pd.DataFrame:
+    """Return metrics by model as a table: one row per metric, or per name, one column per model."""
     table = pd.DataFrame(metrics)
     return table.loc[list(names)] if names else table
