@@ -19,8 +19,7 @@ import numpy as np
 import psutil
 import sklearn
 from sklearn.base import clone
-from sklearn.metrics import check_scoring
-from sklearn.metrics.pairwise import euclidean_distances
+from sklearn.metrics import check_scoring, euclidean_distances
 from sklearn.model_selection import GridSearchCV, ParameterGrid, check_cv
 from sklearn.pipeline import Pipeline
 from sklearn.svm import SVC

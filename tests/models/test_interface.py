@@ -8,7 +8,6 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import mlflow
 import numpy as np
 import pandas as pd
 import pytest
@@ -244,7 +243,7 @@ def test_table_with_booleans_missing_values_and_integer_labels_gives_a_model(
 
 
 @pytest.fixture(scope="module")
-def untidy(small_frame, tmp_path_factory):
+def untidy(small_frame, running_server, tmp_path_factory):
     """A CSV whose rows pandas reads with other types and names than training, and its model."""
     frame = small_frame(seed=4)
     frame["paid"] = np.where(frame["width"] > 7, "True", "False")
@@ -257,22 +256,11 @@ def untidy(small_frame, tmp_path_factory):
     frame.to_csv(folder / "untidy.csv", sep=";", index=False)
     table = data.read_table((folder / "untidy.csv").read_bytes(), "untidy", categorical=["code"])
     split = split_table(table)
+    running_server.connect()
+    model = log("svm", split, folder).model
     preprocessing, classifier = fit_svm(split)
-    (folder / "parts").mkdir()
-    tracking.save_parts(folder / "parts", split, preprocessing, classifier)
-    mlflow.pyfunc.save_model(
-        folder / "model",
-        python_model=str(tracking.INTERFACE),
-        artifacts={"model": str(folder / "parts")},
-        signature=tracking.make_signature(
-            tracking.column_kinds(split.X_train), split.labels, split.manifest["header"]
-        ),
-        input_example=split.X_train.head(8),
-        pip_requirements=["mlflow"],
-    )
     rows = table.frame.drop(columns="Target")
     expected = classifier.predict_proba(preprocessing.transform(rows))
-    model = mlflow.pyfunc.load_model(str(folder / "model"))
     return SimpleNamespace(path=folder / "untidy.csv", model=model, expected=expected)
 
 

@@ -16,15 +16,17 @@ from sklearn.compose import make_column_selector, make_column_transformer
 from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, make_scorer
-from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, StratifiedKFold
+from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 
+from helpers import tracking
 from helpers.models import search as search_module
 from helpers.models import svm
 from helpers.models.search import KernelGridSearch
 from helpers.workspace import ParameterError
+from tests.cells import run_cells
 
 GRID = {"svc__C": [0.125, 1.0, 8.0, 64.0, 512.0], "svc__gamma": [0.02, 0.25, 3.0]}
 
@@ -94,36 +96,24 @@ def share_right(estimator, X, y):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"refit": False, "n_jobs": 2},
         {"scoring": "f1_macro", "cv": 3},
         {"scoring": make_scorer(f1_score, average="weighted")},
         {"scoring": share_right},
         {"cv": StratifiedKFold(4, shuffle=True, random_state=3)},
-    ],
-    ids=lambda options: ", ".join(options) or "defaults",
-)
-def test_everything_equals_gridsearchcv(options):
-    both(scaled_svm(), GRID, *make_data(), **options)
-
-
-@pytest.mark.parametrize("scoring", ["roc_auc", "average_precision"])
-def test_scores_of_decision_values_equal_gridsearchcv(scoring):
-    both(scaled_svm(), GRID, *make_data(2), scoring=scoring)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"class_weight": "balanced"},
-        {"class_weight": {0: 0.05, 1: 4.0, 2: 9.0}},
-        {"decision_function_shape": "ovo"},
-        {"break_ties": True, "tol": 0.1, "shrinking": False},
+        {"classes": 2, "scoring": "roc_auc"},
+        {"classes": 2, "scoring": "average_precision"},
+        {"svc": {"class_weight": "balanced"}},
+        {"svc": {"class_weight": {0: 0.05, 1: 4.0, 2: 9.0}}},
+        {"svc": {"decision_function_shape": "ovo"}},
+        {"svc": {"break_ties": True, "tol": 0.1, "shrinking": False}},
     ],
     ids=str,
 )
-def test_settings_of_the_svc_count(options):
-    both(scaled_svm(**options), GRID, *make_data(weights=[0.6, 0.3, 0.1], rows=200))
+def test_everything_equals_gridsearchcv(options):
+    own = {name: value for name, value in options.items() if name not in ("classes", "svc")}
+    X, y = make_data(options.get("classes", 3), weights=[0.5, 0.3], rows=160)
+    both(scaled_svm(**options.get("svc", {})), GRID, X, y, **own)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, database=None)
@@ -150,23 +140,21 @@ def test_tables_with_text_labels_and_sparse_inputs_equal_gridsearchcv(small_fram
         both(Pipeline([("preprocessing", preprocessing), ("svc", SVC())]), GRID, X, y)
 
 
-@pytest.mark.parametrize("broken", ["preprocessing", "solver", "scorer"])
-def test_an_error_in_any_fold_ends_the_search(broken):
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [
+        ("preprocessing", "contains NaN"),
+        ("solver", "classes has to be greater than one"),
+        ("scorer", "predict_proba"),
+    ],
+)
+def test_an_error_in_any_fold_ends_the_search(broken, error):
     X, y = make_data(2)
-    folds, scoring = KFold(5), None
-    if broken == "preprocessing":
-        X[140] = np.nan
-    elif broken == "solver":
-        one_class = np.flatnonzero(y == 0)
-        folds = [(np.arange(100), np.arange(100, 150)), (one_class, np.arange(150))]
-    else:
-        scoring = "neg_log_loss"
-    messages = {
-        "preprocessing": "contains NaN",
-        "solver": "classes has to be greater than one",
-        "scorer": "predict_proba",
-    }
-    with pytest.raises((ValueError, AttributeError), match=messages[broken]):
+    X[140] = np.nan if broken == "preprocessing" else X[140]
+    train = np.flatnonzero(y == 0) if broken == "solver" else np.arange(150)
+    scoring = "neg_log_loss" if broken == "scorer" else None
+    folds = [(np.arange(100), np.arange(100, 150)), (train, np.arange(150))]
+    with pytest.raises((ValueError, AttributeError), match=error):
         KernelGridSearch(scaled_svm(), GRID, scoring=scoring, cv=folds, n_jobs=2).fit(X, y)
 
 
@@ -374,6 +362,13 @@ def test_processes_and_a_cluster_give_the_same_scores(tmp_path):
     assert len(list(tmp_path.rglob("output.pkl"))) == 15
 
 
+def test_the_grid_of_the_notebook_is_the_documented_one():
+    notebook = run_cells("03_svm_grid_search", "param_grid = {", "param_grid = {")
+    for name in ("svc__C", "svc__gamma"):
+        assert notebook.param_grid[name].tolist() == [2.0**power for power in range(-5, 7)]
+    assert notebook.CV_FOLDS == 5
+
+
 @pytest.mark.slow
 def test_the_students_table_gives_all_scores_of_gridsearchcv(real_data):
     table = pd.read_csv(real_data / "kaggle_students.csv")
@@ -407,8 +402,6 @@ def test_results_edges_and_the_warning(capsys):
 
 @pytest.mark.slow
 def test_a_search_is_logged_with_all_its_steps_and_its_best_pairs(tracking_server, small_split):
-    from helpers import tracking
-
     X, y = small_split.X_train[["length", "width", "age"]], small_split.y_train
     grid = {"svc__C": [2.0**-9, 2.0**-8], "svc__gamma": [2.0**-9, 2.0**-8]}
     search = KernelGridSearch(scaled_svm(), grid, beyond_edges=True, cv=3).fit(X, y)
