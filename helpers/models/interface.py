@@ -139,7 +139,7 @@ def convert(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
         return CONVERTERS[kinds.pop()](rows)
     blocks = [
         CONVERTERS[kind](rows[[name for name in columns if columns[name] == kind]])
-        for kind in kinds
+        for kind in sorted(kinds)
     ]
     return pd.concat(blocks, axis=1)[list(columns)]
 
