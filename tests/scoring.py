@@ -4,7 +4,9 @@ import threading
 from contextlib import contextmanager
 
 import mlflow
+import numpy as np
 import pandas as pd
+import requests
 import uvicorn
 from sklearn.ensemble import StackingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -20,6 +22,7 @@ from helpers.workspace import open_workspace
 from tests.cells import train_network
 from tests.series import wait_for
 
+NETWORK, SVM = "model_conv_network", "model_svm_rbf"
 PASSED = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
 
 
@@ -34,11 +37,11 @@ def fit_svm(split, C=1.0, gamma=0.1):
     return preprocessing, classifier.fit(preprocessing.fit_transform(split.X_train), split.y_train)
 
 
-def log_svm(split, C=1.0):
+def log_svm(split):
     """Log an SVM as notebook 03 does, without the search."""
     with tracking.start_run("svc_model", "svm", split.manifest) as run:
         tracking.log_split(split)
-        info = tracking.log_model(split, *fit_svm(split, C))
+        info = tracking.log_model(split, *fit_svm(split))
         tracking.evaluate_logged_model(info, split)
     return mlflow.get_run(run.info.run_id)
 
@@ -75,3 +78,20 @@ def serve_here(app):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def post(client, body, model=SVM, kind="application/json", headers=None):
+    """Send a body to a scoring server as it is."""
+    headers = {"Content-Type": kind, **(headers or {})}
+    address = f"{client.address(model)}/invocations"
+    return requests.post(address, data=body, headers=headers, timeout=60)
+
+
+def assert_same(answer, expected):
+    """Compare an answer over HTTP with that of the loaded model."""
+    got = pd.DataFrame(answer)
+    assert list(got.columns) == list(expected.columns)
+    assert (got["prediction"].to_numpy() == expected["prediction"].to_numpy()).all()
+    np.testing.assert_allclose(
+        got.iloc[:, 1:].to_numpy("float64"), expected.iloc[:, 1:].to_numpy("float64"), atol=1e-6
+    )

@@ -518,13 +518,13 @@ def require_healthy(report):
 # --- for the notebook -------------------------------------------------------------------------
 
 
-def play_first_day(workspace, server, split):
+def play_first_day(workspace, client, split):
     """Send the test rows to the scoring server, and their labels after them.
 
     Parameters
     ----------
     workspace : helpers.workspace.Workspace
-    server : helpers.serving.ScoringServer
+    client : helpers.serving.ScoringClient
     split : helpers.data.Split
 
     Returns
@@ -533,13 +533,13 @@ def play_first_day(workspace, server, split):
         What was done. A version that was asked before is left alone.
     """
     done = []
-    for name, served in server.models.items():
+    for name, served in client.models.items():
         if scored_rows.is_known(workspace.scored_rows, name, served["version"]):
             done.append(f"{name} version {served['version']} has been asked before; nothing sent.")
             continue
-        with server.session() as session:
+        with client.session() as session:
             parts = [
-                ask(server, name, split.X_test.iloc[start : start + DEMO_ROWS], session)
+                ask(client, name, split.X_test.iloc[start : start + DEMO_ROWS], session)
                 for start in range(0, len(split.X_test), DEMO_ROWS)
             ]
         ids = [row_id for part in parts for row_id in part.index]

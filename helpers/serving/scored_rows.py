@@ -12,13 +12,14 @@ import sqlite3
 import threading
 import time
 import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pandas as pd
 
 MOST_ROWS = 200_000  # rows kept; some 10 bytes per number, compressed
 MOST_WAITING = 1_000  # requests that wait to be written; more are counted, not kept
-GATHER = 0.05  # seconds in which requests are gathered and then written together
 TIMEOUT = 30  # seconds to wait for another process that writes
 
 SCHEMA = """
@@ -34,7 +35,7 @@ CREATE TABLE IF NOT EXISTS alerts (
 """
 
 
-def _open(path):
+def _open(path: Path) -> sqlite3.Connection:
     # Rows may be about persons: only the owner may read them.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path, timeout=TIMEOUT)
@@ -46,22 +47,13 @@ def _open(path):
 
 
 @contextmanager
-def connect(path):
-    """Open the file, made if missing; commit at the end of the block.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-
-    Yields
-    ------
-    sqlite3.Connection
-    """
+def connect(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file, made if missing; commit at the end of the block."""
     with closing(_open(path)) as connection, connection:
         yield connection
 
 
-def row_ids(request_id, n_rows):
+def row_ids(request_id: str, n_rows: int) -> list[str]:
     """Return the id of each row of a request: the request's and the position from 0."""
     return [f"{request_id}-{number}" for number in range(n_rows)]
 
@@ -71,112 +63,97 @@ class Recorder:
 
     Parameters
     ----------
-    path : pathlib.Path
     most_rows : int
         When there are more, the oldest requests go.
+
+    Attributes
+    ----------
+    dropped : int
+        Requests that were not kept: too many waited, or the disk was full.
     """
 
-    def __init__(self, path, most_rows=MOST_ROWS):
+    def __init__(self, path: Path, most_rows: int = MOST_ROWS):
         self.path, self.most_rows, self.dropped = path, most_rows, 0
         self._queue = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
-    def write(self, request_id, served, rows, predictions, probabilities):
-        """Keep a request; where too many wait already, only count it in `dropped`.
+    def write(
+        self,
+        request_id: str,
+        model,
+        rows: pd.DataFrame,
+        predictions: list,
+        probabilities: list[list[float]],
+    ) -> None:
+        """Keep a request.
 
         Parameters
         ----------
-        request_id : str
-        served : helpers.serving.app.Served
+        model : helpers.serving.models.LoadedModel
             That answered.
         rows : pandas.DataFrame, shape (n_rows, n_columns)
             The columns that the model knows.
         predictions : list, shape (n_rows,)
         probabilities : list of list of float, shape (n_rows, n_classes)
         """
-        request = (request_id, time.time(), served, rows, predictions, probabilities)
         try:
-            self._queue.put_nowait(request)
+            self._queue.put_nowait(
+                (request_id, time.time(), model, rows, predictions, probabilities)
+            )
         except queue.Full:
             self.dropped += 1
 
-    @property
-    def alive(self):
-        """Whether `close` was not called yet."""
-        return self._thread.is_alive()
-
-    def close(self):
+    def close(self) -> None:
         """Write what waits and end the thread."""
         self._queue.put(None)
         self._thread.join()
 
-    def _work(self):
+    def _work(self) -> None:
         with closing(_open(self.path)) as connection:
-            query = "SELECT coalesce(sum(n_rows), 0) FROM requests"
-            self._rows = connection.execute(query).fetchone()[0]
-            open_ = True
-            while open_:
-                batch = [self._queue.get()]
-                # Together, many requests cost little more than one.
-                time.sleep(GATHER if batch[0] is not None else 0)
-                while not self._queue.empty():
-                    batch.append(self._queue.get())
-                open_ = None not in batch
-                requests = [_packed(*each) for each in batch if each is not None]
+            (kept,) = connection.execute("SELECT total(n_rows) FROM requests").fetchone()
+            for request in iter(self._queue.get, None):
                 try:
-                    self._store(connection, requests)
+                    with connection:
+                        now_kept = kept + _insert(connection, *request)
+                        while now_kept > self.most_rows:
+                            now_kept -= _delete_oldest(connection)
+                    kept = now_kept
                 except sqlite3.Error:
                     # A full disk, for example: answering goes on.
-                    self.dropped += len(requests)
-
-    def _store(self, connection, requests):
-        with connection:
-            connection.executemany("INSERT OR IGNORE INTO requests VALUES (?,?,?,?,?,?)", requests)
-            self._rows += sum(request[4] for request in requests)
-            if self._rows > self.most_rows:
-                self._rows -= _make_room(connection, self._rows - self.most_rows)
+                    self.dropped += 1
 
 
-def _packed(request_id, when, served, rows, predictions, probabilities):
-    names = [f"probability_{label}" for label in served.labels]
+def _insert(connection, request_id, when, model, rows, predictions, probabilities) -> int:
+    """Write a request; return its number of rows."""
+    names = [f"probability_{label}" for label in model.labels]
     by_class = map(list, zip(*probabilities, strict=True))
     content = {
         "rows": {name: rows[name].tolist() for name in rows.columns},
         "answer": {"prediction": predictions, **dict(zip(names, by_class, strict=True))},
     }
     blob = zlib.compress(json.dumps(content).encode(), level=1)
-    return request_id, when, served.name, served.version, len(rows), blob
+    values = (request_id, when, model.name, model.version, len(rows), blob)
+    connection.execute("INSERT INTO requests VALUES (?,?,?,?,?,?)", values)
+    return len(rows)
 
 
-def _make_room(connection, too_many):
-    """Delete the oldest requests until so many rows are gone; return how many went."""
-    gone, n_gone = [], 0
-    for request_id, n_rows in connection.execute("SELECT id, n_rows FROM requests ORDER BY time"):
-        if n_gone >= too_many:
-            break
-        gone.append((request_id,))
-        n_gone += n_rows
-    connection.executemany("DELETE FROM requests WHERE id = ?", gone)
-    prefixes = [(f"{request_id}-%",) for (request_id,) in gone]
-    connection.executemany("DELETE FROM labels WHERE id LIKE ?", prefixes)
-    return n_gone
+def _delete_oldest(connection: sqlite3.Connection) -> int:
+    """Delete the oldest request and its labels; return its number of rows."""
+    # The order of writing needs no index.
+    query = "SELECT id, n_rows FROM requests ORDER BY rowid LIMIT 1"
+    request_id, n_rows = connection.execute(query).fetchone()
+    connection.execute("DELETE FROM requests WHERE id = ?", (request_id,))
+    ids = [(each,) for each in row_ids(request_id, n_rows)]
+    connection.executemany("DELETE FROM labels WHERE id = ?", ids)
+    return n_rows
 
 
 # --- reading ----------------------------------------------------------------------------------
 
 
-def read_rows(path, model, version=None, since=0.0):
+def read_rows(path: Path, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return scored rows with their answers and labels, the oldest first.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    model : str
-    version : str, optional
-        Only those answered by this version.
-    since : float
-        Only those scored at or after this time, seconds since the epoch.
 
     Returns
     -------
@@ -186,61 +163,37 @@ def read_rows(path, model, version=None, since=0.0):
         Same index; ``time`` (UTC), ``version``, ``prediction``, ``probability_<label>`` and
         ``label`` (None where not known yet).
     """
-    if not path.is_file():
-        return pd.DataFrame(), pd.DataFrame()
-    query = "SELECT id, time, version, n_rows, content FROM requests WHERE model = ? AND time >= ?"
-    values = [model, since]
-    if version is not None:
-        query, values = f"{query} AND version = ?", [*values, version]
+    query = "SELECT id, time, version, n_rows, content FROM requests WHERE model = ? ORDER BY time"
     with connect(path) as connection:
-        found = connection.execute(f"{query} ORDER BY time", values).fetchall()
-        labels = dict(connection.execute("SELECT id, label FROM labels"))
-    rows, answers = [], []
-    for request_id, when, number, n_rows, blob in found:
-        content = json.loads(zlib.decompress(blob))
-        ids = row_ids(request_id, n_rows)
-        rows.append(pd.DataFrame(content["rows"], index=ids))
-        answer = pd.DataFrame(content["answer"], index=ids)
-        known = [json.loads(labels[each]) if each in labels else None for each in ids]
-        answers.append(
-            answer.assign(time=when, version=number, label=pd.Series(known, ids, object))
-        )
-    if not rows:
+        found = connection.execute(query, (model,)).fetchall()
+        labels = {
+            row_id: json.loads(label)
+            for row_id, label in connection.execute("SELECT id, label FROM labels")
+        }
+    if not found:
         return pd.DataFrame(), pd.DataFrame()
-    answer = pd.concat(answers)
-    answer["time"] = pd.to_datetime(answer["time"], unit="s", utc=True)
-    return pd.concat(rows), answer
+    rows, answers = [], []
+    for request_id, when, version, n_rows, blob in found:
+        content, ids = json.loads(zlib.decompress(blob)), row_ids(request_id, n_rows)
+        rows.append(pd.DataFrame(content["rows"], index=ids))
+        known = pd.Series([labels.get(each) for each in ids], ids, object)
+        answer = pd.DataFrame(content["answer"], index=ids)
+        answers.append(answer.assign(time=when, version=version, label=known))
+    table = pd.concat(answers)
+    table["time"] = pd.to_datetime(table["time"], unit="s", utc=True)
+    return pd.concat(rows), table
 
 
-def write_labels(path, labels):
-    """Keep labels of scored rows; a label given again takes the place of the earlier one.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    labels : dict
-        Label (as in the CSV) by id of the row.
-    """
+def write_labels(path: Path, labels: dict) -> None:
+    """Keep labels (as in the CSV) by id of the row; a later one replaces the earlier."""
     now = time.time()
     rows = [(name, now, json.dumps(label)) for name, label in labels.items()]
     with connect(path) as connection:
         connection.executemany("INSERT OR REPLACE INTO labels VALUES (?,?,?)", rows)
 
 
-def known_rows(path, ids):
-    """Return those of some ids that belong to scored rows that are still kept.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    ids : sequence of str
-
-    Returns
-    -------
-    set of str
-    """
-    if not path.is_file():
-        return set()
+def known_rows(path: Path, ids: Iterable[str]) -> set[str]:
+    """Return those of some ids that belong to scored rows that are still kept."""
     with connect(path) as connection:
         sizes = dict(connection.execute("SELECT id, n_rows FROM requests"))
     known = set()
@@ -251,30 +204,15 @@ def known_rows(path, ids):
     return known
 
 
-def is_known(path, model, version):
+def is_known(path: Path, model: str, version: str) -> bool:
     """Tell whether rows are kept that this version answered."""
-    if not path.is_file():
-        return False
     query = "SELECT 1 FROM requests WHERE model = ? AND version = ? LIMIT 1"
     with connect(path) as connection:
         return connection.execute(query, (model, version)).fetchone() is not None
 
 
-def wait_for(path, row_id, seconds=30.0):
-    """Wait until a row that was just scored is written.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    row_id : str
-    seconds : float
-        At most.
-
-    Returns
-    -------
-    bool
-        Whether it is there.
-    """
+def wait_for(path: Path, row_id: str, seconds: float = 30.0) -> bool:
+    """Wait until a row that was just scored is written; tell whether it is there."""
     end = time.monotonic() + seconds
     while not known_rows(path, [row_id]):
         if time.monotonic() > end:
