@@ -37,6 +37,14 @@ def fit_svm(split, C=1.0, gamma=0.1):
     return preprocessing, classifier.fit(preprocessing.fit_transform(split.X_train), split.y_train)
 
 
+def answer_of(classifier, rows, labels):
+    """Answer rows as the model's interface does."""
+    probabilities = classifier.predict_proba(rows)
+    answer = pd.DataFrame(probabilities, rows.index, [f"probability_{label}" for label in labels])
+    answer.insert(0, "prediction", np.asarray(labels)[probabilities.argmax(axis=1)])
+    return answer
+
+
 def log_svm(split):
     """Log an SVM as notebook 03 does, without the search."""
     with tracking.start_run("svc_model", "svm", split.manifest) as run:

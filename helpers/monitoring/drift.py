@@ -10,36 +10,24 @@ References
    289-300. doi:10.1111/j.2517-6161.1995.tb02031.x
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from helpers.registry.reference import QUANTILES, levels
 
+# A column counts as drifted when it changed surely and by much.
+P_VALUE = 0.001  # largest p-value, adjusted for the number of columns
+EFFECT = 0.15  # smallest distance (numbers), Cramér's V (levels), difference of shares (missing)
+
 MOST_SAMPLED = 2_000  # numbers that stand for the reference in a test
 RARE = 5  # expected rows below which levels are pooled, as the chi-squared test asks for
 
 
-@dataclass(frozen=True)
-class DriftRule:
-    """When a column counts as drifted: surely (`p_value`) and by much (`effect`).
-
-    Attributes
-    ----------
-    p_value : float
-        Largest adjusted p-value.
-    effect : float
-        Smallest Kolmogorov-Smirnov distance (numbers), Cramér's V (categories) or difference
-        of the shares of missing numbers, each 0 to 1.
-    """
-
-    p_value: float = 0.001
-    effect: float = 0.15
+Result = tuple[str, float, float]  # test, effect, p-value
 
 
-def _sample(summary):
+def _sample(summary: dict) -> np.ndarray:
     """Return numbers distributed as those that were summarised."""
     if summary["kind"] == "values":
         counts = np.asarray(summary["counts"], dtype="float64")
@@ -50,11 +38,8 @@ def _sample(summary):
     return np.interp(positions, np.linspace(0, 1, QUANTILES), summary["values"])
 
 
-# --- the tests --------------------------------------------------------------------------------
-
-
-def _compare_levels(counts, values):
-    """Return p-value and Cramér's V of levels today against a reference."""
+def _compare_levels(counts: list, values: pd.Series) -> Result:
+    """Compare levels today with a reference; the effect is Cramér's V."""
     now = levels(values).value_counts()
     before = pd.Series({str(level): count for level, count in counts}, dtype="float64")
     table = pd.DataFrame({"before": before, "now": now}).fillna(0.0)
@@ -65,13 +50,14 @@ def _compare_levels(counts, values):
     if pooled.sum():
         table.loc["other levels"] = pooled
     if len(table) < 2:
-        return 1.0, 0.0
-    counted = table.to_numpy().round().astype(int)
-    return stats.chi2_contingency(counted).pvalue, stats.contingency.association(counted)
+        return "chi-squared", 0.0, 1.0
+    counted = table.to_numpy().astype(int)
+    effect = stats.contingency.association(counted)
+    return "chi-squared", float(effect), float(stats.chi2_contingency(counted).pvalue)
 
 
-def _compare_numbers(summary, values):
-    """Return test, effect and p-value of numbers today against a reference.
+def _compare_numbers(summary: dict, values: pd.Series) -> Result:
+    """Compare numbers today with a reference; the effect is the Kolmogorov-Smirnov distance.
 
     Numbers that are missing more or less often than before are drift, too; the larger of the
     two effects counts.
@@ -84,8 +70,8 @@ def _compare_numbers(summary, values):
     return max(found, key=lambda each: each[1])
 
 
-def _compare_gaps(summary, n_known, n_missing):
-    """Return test, effect (difference of the shares) and p-value of missing numbers."""
+def _compare_gaps(summary: dict, n_known: int, n_missing: int) -> Result:
+    """Compare how often numbers are missing; the effect is the difference of the shares."""
     before, now = (summary["rows"], summary["missing"]), (n_known, n_missing)
     counted = np.array([before, now])
     if not counted.sum(axis=0).all():
@@ -94,52 +80,42 @@ def _compare_gaps(summary, n_known, n_missing):
     return "missing values", float(effect), float(stats.chi2_contingency(counted).pvalue)
 
 
-def column_drift(reference, rows, rule=None):
+def column_drift(reference: dict, rows: pd.DataFrame) -> pd.DataFrame:
     """Test every column for drift.
 
     Parameters
     ----------
     reference : dict
-        From `make_reference`.
+        From `helpers.registry.reference.make_reference`.
     rows : pandas.DataFrame, shape (n_rows, n_columns)
         What production was asked.
-    rule : DriftRule, optional
 
     Returns
     -------
     pandas.DataFrame
-        Index ``column``; ``test``, ``effect``, ``p_value`` (adjusted) and ``drifted``, the
-        largest effect first.
+        Index ``column``; ``test``, ``effect`` (0 to 1), ``p_value`` (adjusted) and ``drifted``,
+        the largest effect first.
     """
-    rule, found = rule or DriftRule(), {}
-    for name, summary in reference["columns"].items():
-        if summary["kind"] == "levels":
-            p_value, effect = _compare_levels(summary["counts"], rows[name])
-            found[name] = ("chi-squared", effect, p_value)
-        else:
-            found[name] = _compare_numbers(summary, rows[name])
+    found = {
+        name: _compare_levels(summary["counts"], rows[name])
+        if summary["kind"] == "levels"
+        else _compare_numbers(summary, rows[name])
+        for name, summary in reference["columns"].items()
+    }
     table = pd.DataFrame.from_dict(found, orient="index", columns=["test", "effect", "p_value"])
     table["p_value"] = stats.false_discovery_control(table["p_value"])
-    table["drifted"] = (table["p_value"] < rule.p_value) & (table["effect"] >= rule.effect)
+    table["drifted"] = (table["p_value"] < P_VALUE) & (table["effect"] >= EFFECT)
     return table.rename_axis("column").sort_values("effect", ascending=False)
 
 
-def prediction_shift(reference, predictions, rule=None):
+def prediction_shift(reference: dict, predictions: pd.Series) -> tuple[float, bool]:
     """Test whether the predicted classes are spread as on the test rows.
-
-    Parameters
-    ----------
-    reference : dict
-        From `make_reference`.
-    predictions : pandas.Series, shape (n_rows,)
-    rule : DriftRule, optional
 
     Returns
     -------
-    dict
-        ``effect`` (Cramér's V), ``p_value`` and ``shifted``.
+    effect : float
+        Cramér's V.
+    shifted : bool
     """
-    rule = rule or DriftRule()
-    p_value, effect = _compare_levels(reference["predictions"], predictions)
-    shifted = bool(p_value < rule.p_value and effect >= rule.effect)
-    return {"effect": float(effect), "p_value": float(p_value), "shifted": shifted}
+    _, effect, p_value = _compare_levels(reference["predictions"], predictions)
+    return effect, p_value < P_VALUE and effect >= EFFECT

@@ -1,0 +1,158 @@
+"""One period: whether it is worse than what was promoted.
+
+A metric raises an alert when it is worse than at promotion by more than its limit, and surely so:
+in at least `SURE` of the bootstrap draws of the period's rows. When a column has drifted is in
+`helpers.monitoring.drift`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from helpers.models.evaluation import class_names, compute_metrics
+from helpers.monitoring.drift import EFFECT, column_drift, prediction_shift
+from helpers.registry.reference import calibration
+
+# Largest changes since promotion; recall: of each class, overconfidence: a gain, all others losses.
+LIMITS = {"accuracy": 0.05, "f1_macro": 0.05, "recall": 0.10, "overconfidence": 0.05}
+SURE = 0.99
+RESAMPLES = 300  # bootstrap draws
+# Labelled rows, labelled rows of a class, and rows, below which nothing is concluded from them.
+MIN_LABELLED, MIN_CLASS, MIN_ROWS = 50, 20, 100
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A threshold that was crossed."""
+
+    metric: str
+    value: float
+    threshold: float
+    message: str
+
+
+def measure(answers: pd.DataFrame, labels: list) -> dict[str, float]:
+    """Compute the metrics of labelled rows.
+
+    Parameters
+    ----------
+    answers : pandas.DataFrame
+        With ``label``, ``prediction`` and ``probability_<label>``; no label missing.
+    labels : list
+        All classes.
+
+    Returns
+    -------
+    dict of str to float
+        Those of `helpers.models.evaluation.compute_metrics`, as far as the classes that are there
+        allow, and of `helpers.registry.reference.calibration`.
+    """
+    true, complete = answers["label"], set(answers["label"]) == set(labels)
+    metrics = compute_metrics(true, answers, labels) if complete else {}
+    accuracy = float((true == answers["prediction"]).mean())
+    return {"accuracy": accuracy, **metrics, **calibration(true, answers, labels)}
+
+
+def _draws(answers: pd.DataFrame, labels: list) -> tuple[np.ndarray, ...]:
+    """Return bootstrap draws of accuracy, recalls, F1 scores and overconfidence.
+
+    Shapes: (RESAMPLES,), (RESAMPLES, n_classes), (RESAMPLES, n_classes) and (RESAMPLES,).
+    """
+    true = pd.Categorical(answers["label"], labels).codes.astype(int)
+    predicted = pd.Categorical(answers["prediction"], labels).codes
+    confidence = answers[[f"probability_{label}" for label in labels]].max(axis=1).to_numpy()
+    n_rows, size = len(true), len(labels)
+    chosen = np.random.default_rng(0).integers(0, n_rows, (RESAMPLES, n_rows))
+    cells = true[chosen] * size + predicted[chosen]
+    cells += size * size * np.arange(RESAMPLES)[:, None]
+    matrix = np.bincount(cells.ravel(), minlength=RESAMPLES * size * size)
+    matrix = matrix.reshape(RESAMPLES, size, size)
+    hits = matrix.diagonal(axis1=1, axis2=2)
+    accuracy = hits.sum(axis=1) / n_rows
+    in_class, said = matrix.sum(axis=2), matrix.sum(axis=1)
+    recall = hits / np.maximum(in_class, 1)
+    f1 = 2 * hits / np.maximum(in_class + said, 1)
+    return accuracy, recall, f1, confidence[chosen].mean(axis=1) - accuracy
+
+
+def check_labelled(answers: pd.DataFrame, reference: dict) -> list[Finding]:
+    """Compare labelled rows with the metrics at promotion.
+
+    Parameters
+    ----------
+    answers : pandas.DataFrame
+        As for `measure`.
+    reference : dict
+        From `helpers.registry.reference.make_reference`.
+    """
+    if len(answers) < MIN_LABELLED:
+        return []
+    labels, promoted = reference["labels"], reference["metrics"]
+    accuracy, recall, f1, overconfidence = _draws(answers, labels)
+    counts = answers["label"].value_counts()
+    there = [
+        (number, name)
+        for number, (label, name) in enumerate(zip(labels, class_names(labels), strict=True))
+        if counts.get(label, 0) >= MIN_CLASS
+    ]
+    # Name, draws, value at promotion, limit, and 1 where less is worse or -1 where more is.
+    compared = [("accuracy", accuracy, promoted["accuracy"], LIMITS["accuracy"], 1)]
+    if there:
+        draws = f1[:, [number for number, _ in there]].mean(axis=1)
+        before = np.mean([promoted[f"f1_{name}"] for _, name in there])
+        compared += [("f1_macro", draws, before, LIMITS["f1_macro"], 1)]
+    for number, name in there:
+        before = promoted[f"recall_{name}"]
+        compared += [(f"recall_{name}", recall[:, number], before, LIMITS["recall"], 1)]
+    before, limit = promoted["overconfidence"], LIMITS["overconfidence"]
+    compared += [("overconfidence", overconfidence, before, limit, -1)]
+    findings = []
+    for name, draws, before, limit, sign in compared:
+        threshold = before - sign * limit
+        if np.mean(sign * draws < sign * threshold) >= SURE:
+            value, side = float(draws.mean()), "below" if sign > 0 else "above"
+            message = f"{name} {value:.3f} is {side} {threshold:.3f} ({before:.3f} at promotion)"
+            findings.append(Finding(name, value, float(threshold), message))
+    return findings
+
+
+def check_unlabelled(
+    rows: pd.DataFrame, answers: pd.DataFrame, reference: dict
+) -> tuple[list[Finding], pd.DataFrame | None]:
+    """Compare rows and predictions with those at promotion.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        What was asked.
+    answers : pandas.DataFrame
+        With ``prediction``.
+    reference : dict
+        From `helpers.registry.reference.make_reference`.
+
+    Returns
+    -------
+    findings : list of Finding
+    drift : pandas.DataFrame or None
+        From `helpers.monitoring.drift.column_drift`; None where there are too few rows.
+    """
+    if len(rows) < MIN_ROWS:
+        return [], None
+    table = column_drift(reference, rows)
+    findings = [
+        Finding(
+            f"drift {name}",
+            float(row.effect),
+            EFFECT,
+            f"{name} has drifted ({row.test}, effect {row.effect:.2f}, p {row.p_value:.1g})",
+        )
+        for name, row in table[table["drifted"]].iterrows()
+    ]
+    effect, shifted = prediction_shift(reference, answers["prediction"])
+    if shifted:
+        said = answers["prediction"].value_counts(normalize=True)
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in said.items())
+        message = f"the predicted classes have shifted to {shares} (effect {effect:.2f})"
+        findings.append(Finding("predictions", effect, EFFECT, message))
+    return findings, table

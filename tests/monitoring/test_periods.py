@@ -1,0 +1,234 @@
+import json
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import accuracy_score
+
+from helpers import monitoring, plots, registry, series
+from helpers.monitoring.alerting import AlertError
+from helpers.monitoring.labels import LabelsError, read_labels
+from helpers.server import credentials
+from helpers.serving import scored_rows
+from helpers.workspace import PROJECT_ROOT, open_workspace
+from tests.scoring import SVM, log_svm, put_in_production
+from tests.series import clean_environment
+
+
+@pytest.fixture(scope="module")
+def logged(running_server, promoted):
+    running_server.connect()
+    return log_svm(promoted.split)
+
+
+class Watched:
+    """A model in Production whose scored rows can be written."""
+
+    def __init__(self, name, folder, logged, promoted):
+        self.name, self.split = name, promoted.split
+        self.version = str(put_in_production(name, logged, promoted.split).version)
+        self.workspace = open_workspace(folder)
+
+    def score(self, request_id, rows, answers, labels=None):
+        """Keep rows as the scoring server does, and their labels."""
+        probabilities = answers.filter(like="probability_").to_numpy().tolist()
+        with closing(scored_rows.Recorder(self.workspace.scored_rows)) as recorder:
+            model = SimpleNamespace(name=self.name, version=self.version, labels=self.split.labels)
+            recorder.write(request_id, model, rows, answers["prediction"].tolist(), probabilities)
+        if labels is not None:
+            self.label(request_id, labels)
+
+    def label(self, request_id, labels):
+        ids = scored_rows.row_ids(request_id, len(labels))
+        labels = pd.Series(list(labels), index=ids)
+        assert monitoring.add_labels(self.workspace, labels) == len(ids)
+
+    def monitor(self):
+        return monitoring.monitor(self.workspace)
+
+    def tag(self):
+        return registry.production_version(self.name).tags.get("monitoring")
+
+    def runs(self):
+        query = f"tags.model = '{self.name}'"
+        return mlflow.search_runs(
+            experiment_names=["monitoring"], filter_string=query, output_format="list"
+        )
+
+
+@pytest.fixture
+def watched(logged, tracking_server, promoted, monkeypatch, tmp_path):
+    name = f"model_{tmp_path.name}"
+    monkeypatch.setattr(series, "MODELS", {name: series.MODELS[SVM]})
+    return Watched(name, tmp_path / "ws", logged, promoted)
+
+
+def test_healthy_day_is_logged_tagged_ok_and_passes(watched, promoted, capsys):
+    rows, answers = promoted.stream()
+    watched.score("good", rows, answers, answers["label"])
+    report = watched.monitor()
+    monitoring.require_healthy(report)
+    assert "No alert" in capsys.readouterr().out
+    (run,) = watched.runs()
+    expected = accuracy_score(answers["label"], answers["prediction"])
+    assert run.data.metrics["accuracy"] == pytest.approx(expected)
+    assert run.data.metrics["labelled"] == 300
+    assert {"f1_macro", "recall_low", "calibration_error"} <= set(run.data.metrics)
+    assert run.info.status == "FINISHED"
+    assert watched.tag().startswith("ok ")
+    assert monitoring.alerts(watched.workspace).empty
+    assert len(plots.periods(report).axes) == 4
+
+
+def test_labels_that_arrive_later_bring_the_period_up_to_date(watched, promoted):
+    rows, answers = promoted.stream(2)
+    watched.score("first", rows, answers)
+    assert watched.monitor().periods["labelled"].tolist() == [0]
+    assert "accuracy" not in watched.runs()[0].data.metrics
+    watched.label("first", answers["label"])
+    watched.monitor()
+    (run,) = watched.runs()
+    assert run.data.metrics["labelled"] == 300
+    assert "accuracy" in run.data.metrics
+
+
+def test_label_that_is_no_class_is_said_and_left_out(watched, promoted, capsys):
+    rows, answers = promoted.stream(2)
+    watched.score("odd", rows, answers, ["hihg", *answers["label"][1:]])
+    assert watched.monitor().periods["labelled"].tolist() == [299]
+    assert "'hihg'" in capsys.readouterr().out
+
+
+def test_version_that_was_deleted_is_left_out(watched, promoted, capsys):
+    watched.score("old", *promoted.stream(2))
+    client = mlflow.MlflowClient()
+    client.delete_registered_model_alias(watched.name, registry.ALIAS)
+    with pytest.warns(FutureWarning):
+        client.transition_model_version_stage(watched.name, watched.version, "Archived")
+    client.delete_model_version(watched.name, watched.version)
+    assert watched.monitor().periods.empty
+    assert "has no reference" in capsys.readouterr().out
+
+
+# --- alerts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hook():
+    """A webhook that notes what it is sent."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            length = int(self.headers["Content-Length"])
+            seen.append(json.loads(self.rfile.read(length)))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever)
+        thread.start()
+        yield SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/secret-path", seen=seen)
+        httpd.shutdown()
+        thread.join()
+
+
+def test_alert_is_in_the_table_the_tag_the_webhook_and_fails_a_batch_run(
+    watched, promoted, hook, monkeypatch
+):
+    monkeypatch.setenv("ALERT_WEBHOOK", hook.url)
+    rows, answers = promoted.stream(length=lambda rows: -rows["length"])
+    watched.score("bad", rows, answers, answers["label"])
+    report = watched.monitor()
+    table = monitoring.alerts(watched.workspace)
+    assert {"accuracy", "f1_macro", "drift length"} <= set(table["metric"])
+    assert (table["model"] == watched.name).all()
+    assert watched.tag().startswith("alert ")
+    assert "accuracy" in watched.tag()
+    with pytest.raises(AlertError, match="accuracy"):
+        monitoring.require_healthy(report)
+    (sent,) = hook.seen
+    assert watched.name in sent["text"]
+    assert {alert["metric"] for alert in sent["alerts"]} == set(table["metric"])
+    assert watched.monitor().current == report.current
+    assert len(hook.seen) == 1
+    pd.testing.assert_frame_equal(monitoring.alerts(watched.workspace), table)
+    assert len(watched.runs()) == 1
+
+
+def test_webhook_that_does_not_answer_stops_nothing_and_is_not_shown(
+    watched, promoted, monkeypatch, capsys
+):
+    monkeypatch.setenv("ALERT_WEBHOOK", "http://127.0.0.1:9/secret-path")
+    watched.score("bad", *promoted.stream(1, age=np.nan))
+    assert watched.monitor().current
+    shown = capsys.readouterr().out
+    assert "webhook was not reached" in shown
+    assert "secret-path" not in shown
+
+
+def test_rehearsal_finds_something_and_writes_nothing(watched, promoted):
+    model = registry.load_production(watched.name)
+    found = monitoring.rehearse({watched.name: model}, promoted.split)
+    assert found["message"].str.contains("accuracy").any()
+    assert found["message"].str.contains("drifted").any()
+    assert watched.runs() == []
+    assert monitoring.alerts(watched.workspace).empty
+    assert watched.tag() is None
+
+
+@pytest.mark.slow
+def test_command_ends_with_3_after_an_alert(tmp_path, promoted, logged, tracking_server):
+    watched = Watched(SVM, tmp_path / "ws", logged, promoted)
+    rows, answers = promoted.stream(age=np.nan)
+    watched.score("cli", rows, answers)
+    labels = pd.DataFrame({"row_id": scored_rows.row_ids("cli", 300), "label": answers["label"]})
+    labels.to_csv(tmp_path / "labels.csv", index=False)
+    account = {
+        "MLFLOW_TRACKING_URI": tracking_server.url,
+        "MLFLOW_TRACKING_USERNAME": credentials.NOTEBOOKS,
+        "MLFLOW_TRACKING_PASSWORD": credentials.stored_secret(
+            tracking_server.workspace, credentials.NOTEBOOKS
+        ),
+    }
+    command = [sys.executable, "-m", "helpers.monitoring"]
+    command += ["--workspace", watched.workspace.root, "--labels", tmp_path / "labels.csv"]
+    done = subprocess.run(
+        command,
+        cwd=PROJECT_ROOT,
+        env=clean_environment(**account),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "300 labels kept" in done.stdout
+    assert "ALERT: model_svm_rbf" in done.stderr
+
+
+# --- labels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("label", "message"), [("low", "'x-0'"), (None, "'x-0' is missing")])
+def test_labels_that_cannot_be_kept_are_refused(workspace, label, message):
+    with pytest.raises(LabelsError, match=message):
+        monitoring.add_labels(workspace, pd.Series([label], index=["x-0"]))
+
+
+def test_file_of_labels_must_have_its_columns(tmp_path):
+    path = tmp_path / "labels.csv"
+    with pytest.raises(LabelsError, match="cannot be read"):
+        read_labels(path)
+    path.write_text("row,label\n1,low\n")
+    with pytest.raises(LabelsError, match="row_id and label"):
+        read_labels(path)
