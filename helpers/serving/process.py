@@ -10,24 +10,20 @@ PORT = 5001
 
 def service(workspace: Workspace, host: str = processes.HOST) -> processes.Service:
     """Return the scoring server of a workspace as a background service."""
-    password = _password(workspace, host)
+    password = credentials.find_secret(credentials.SCORING_PASSWORD)
+    if password is None and host != processes.HOST:
+        # Nothing is on a network without one.
+        password = credentials.stored_secret(workspace, credentials.SCORING)
+    environment = {credentials.SCORING_PASSWORD: password} if password else {}
     return processes.Service(
         "scoring server",
         "helpers.serving.app",
         workspace.root,
         workspace.scoring,
-        {credentials.SCORING_PASSWORD: password} if password else {},
+        environment,
         ("--host", host),
         host,
     )
-
-
-def _password(workspace: Workspace, host: str) -> str | None:
-    """Return the password of the models; nothing is on a network without one."""
-    password = credentials.find_secret(credentials.SCORING_PASSWORD)
-    if password is None and host != processes.HOST:
-        return credentials.stored_secret(workspace, credentials.SCORING)
-    return password
 
 
 def start(
@@ -56,7 +52,8 @@ def start(
     process = service(workspace, host)
     server = process.start(port, keep)
     process.wait(server)
-    return connect(server.url.replace("0.0.0.0", processes.HOST), _password(workspace, host))
+    password = process.environment.get(credentials.SCORING_PASSWORD)
+    return connect(server.url.replace("0.0.0.0", processes.HOST), password)
 
 
 def stop(workspace: Workspace) -> bool:

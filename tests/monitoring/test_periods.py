@@ -1,9 +1,6 @@
-import json
 import subprocess
 import sys
-import threading
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import mlflow
@@ -11,14 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
 
 from helpers import monitoring, plots, registry, series
 from helpers.monitoring.alerting import AlertError
 from helpers.monitoring.labels import LabelsError, read_labels
-from helpers.server import credentials
 from helpers.serving import scored_rows
 from helpers.workspace import PROJECT_ROOT, open_workspace
-from tests.scoring import SVM, log_svm, put_in_production
+from tests.scoring import SVM, log_svm, put_in_production, serve_here
 from tests.series import clean_environment
 
 
@@ -120,33 +119,22 @@ def test_version_that_was_deleted_is_left_out(watched, promoted, capsys):
 # --- alerts ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def hook():
-    """A webhook that notes what it is sent."""
+@pytest.fixture
+def hook(monkeypatch):
+    """What a webhook was sent."""
     seen = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            length = int(self.headers["Content-Length"])
-            seen.append(json.loads(self.rfile.read(length)))
-            self.send_response(200)
-            self.end_headers()
+    async def note(request):
+        seen.append(await request.json())
+        return Response()
 
-        def log_message(self, *arguments):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield SimpleNamespace(url=f"http://127.0.0.1:{httpd.server_port}/secret-path", seen=seen)
-        httpd.shutdown()
-        thread.join()
+    routes = [Route("/secret-path", note, methods=["POST"])]
+    with serve_here(Starlette(routes=routes)) as url:
+        monkeypatch.setenv("ALERT_WEBHOOK", f"{url}/secret-path")
+        yield seen
 
 
-def test_alert_is_in_the_table_the_tag_the_webhook_and_fails_a_batch_run(
-    watched, promoted, hook, monkeypatch
-):
-    monkeypatch.setenv("ALERT_WEBHOOK", hook.url)
+def test_alert_is_in_the_table_the_tag_the_webhook_and_fails_a_batch_run(watched, promoted, hook):
     rows, answers = promoted.stream(length=lambda rows: -rows["length"])
     watched.score("bad", rows, answers, answers["label"])
     report = watched.monitor()
@@ -157,11 +145,11 @@ def test_alert_is_in_the_table_the_tag_the_webhook_and_fails_a_batch_run(
     assert "accuracy" in watched.tag()
     with pytest.raises(AlertError, match="accuracy"):
         monitoring.require_healthy(report)
-    (sent,) = hook.seen
+    (sent,) = hook
     assert watched.name in sent["text"]
     assert {alert["metric"] for alert in sent["alerts"]} == set(table["metric"])
     assert watched.monitor().current == report.current
-    assert len(hook.seen) == 1
+    assert len(hook) == 1
     pd.testing.assert_frame_equal(monitoring.alerts(watched.workspace), table)
     assert len(watched.runs()) == 1
 
@@ -189,24 +177,17 @@ def test_rehearsal_finds_something_and_writes_nothing(watched, promoted):
 
 @pytest.mark.slow
 def test_command_ends_with_3_after_an_alert(tmp_path, promoted, logged, tracking_server):
-    watched = Watched(SVM, tmp_path / "ws", logged, promoted)
+    workspace = tracking_server.workspace
+    watched = Watched(SVM, workspace.root, logged, promoted)
     rows, answers = promoted.stream(age=np.nan)
     watched.score("cli", rows, answers)
     labels = pd.DataFrame({"row_id": scored_rows.row_ids("cli", 300), "label": answers["label"]})
     labels.to_csv(tmp_path / "labels.csv", index=False)
-    account = {
-        "MLFLOW_TRACKING_URI": tracking_server.url,
-        "MLFLOW_TRACKING_USERNAME": credentials.NOTEBOOKS,
-        "MLFLOW_TRACKING_PASSWORD": credentials.stored_secret(
-            tracking_server.workspace, credentials.NOTEBOOKS
-        ),
-    }
-    command = [sys.executable, "-m", "helpers.monitoring"]
-    command += ["--workspace", watched.workspace.root, "--labels", tmp_path / "labels.csv"]
+    command = [sys.executable, "-m", "helpers.monitoring", "--workspace", workspace.root]
     done = subprocess.run(
-        command,
+        [*command, "--labels", tmp_path / "labels.csv"],
         cwd=PROJECT_ROOT,
-        env=clean_environment(**account),
+        env=clean_environment(),
         capture_output=True,
         text=True,
         check=False,

@@ -65,6 +65,7 @@ BAD_JSON = {
     "short row": (b'{"instances": [[1, 2]]}', "2 values"),
     "uneven columns": (b'{"inputs": {"a": [1], "b": [1, 2]}}', "different numbers"),
     "no data": (b'{"dataframe_split": {"columns": []}}', "'data'"),
+    "odd names": (b'{"dataframe_split": {"columns": [[]], "data": [[1]]}}', "must be texts"),
     "a text": (b'{"dataframe_records": "rows"}', "list of objects"),
     "rows without names": (b'{"dataframe_records": [[1, 2]]}', "list of objects"),
     "column twice": (
