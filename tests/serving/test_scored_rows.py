@@ -19,7 +19,7 @@ def recorder(tmp_path):
 def write(recorder, request_id, rows):
     n_rows = len(rows)
     recorder.write(request_id, MODEL, rows, ["low"] * n_rows, [[0.25, 0.75]] * n_rows)
-    return scored_rows.wait_for(recorder.path, f"{request_id}-{n_rows - 1}", 2)
+    return scored_rows.wait_for(recorder.path, f"{request_id}-{n_rows - 1}")
 
 
 def test_rows_answers_and_labels_are_read_back(recorder):
@@ -50,9 +50,10 @@ def test_no_more_rows_are_kept_than_allowed_and_the_oldest_go(recorder):
 
 
 def test_request_that_cannot_be_written_is_counted_and_the_next_is_kept(recorder):
+    rows = pd.DataFrame({"age": [1]})
+    assert write(recorder, "before", rows)
     with scored_rows.connect(recorder.path) as connection:
         connection.execute("DROP TABLE requests")
-        rows = pd.DataFrame({"age": [1]})
         recorder.write("lost", MODEL, rows, ["low"], [[0.25, 0.75]])
         assert wait_for(lambda: recorder.dropped == 1)
     assert write(recorder, "kept", rows)
