@@ -41,14 +41,9 @@ def _sample(summary: dict) -> np.ndarray:
 def _compare_levels(counts: list, values: pd.Series) -> Result:
     """Compare levels today with a reference; the effect is Cramér's V."""
     now = levels(values).value_counts()
-    before = pd.Series({str(level): count for level, count in counts}, dtype="float64")
-    table = pd.DataFrame({"before": before, "now": now}).fillna(0.0)
-    share = table.sum(axis=1) / table.to_numpy().sum()
-    rare = share * table.sum().min() < RARE
-    pooled = table[rare].sum()
-    table = table[~rare]
-    if pooled.sum():
-        table.loc["other levels"] = pooled
+    table = pd.DataFrame({"before": pd.Series(dict(counts), dtype="float64"), "now": now}).fillna(0)
+    expected = table.sum(axis=1) / table.to_numpy().sum() * table.sum().min()
+    table = table.groupby(table.index.where(expected >= RARE, "other levels")).sum()
     if len(table) < 2:
         return "chi-squared", 0.0, 1.0
     counted = table.to_numpy().astype(int)

@@ -36,9 +36,8 @@ def add_labels(workspace: Workspace, labels: pd.Series) -> int:
             f"No label belongs to a row that was scored here; the first is of "
             f"{labels.index[0]!r}. Use the ids that the scoring server gave the rows."
         )
-    kept = dict(zip(labels.index, labels.tolist(), strict=True))
-    kept = {row_id: label for row_id, label in kept.items() if row_id in known}
-    scored_rows.write_labels(workspace.scored_rows, kept)
+    kept = labels[labels.index.isin(known)]
+    scored_rows.write_labels(workspace.scored_rows, kept.to_dict())
     return len(kept)
 
 

@@ -1,10 +1,18 @@
 import json
+from contextlib import closing
+from functools import partial
+from types import SimpleNamespace
 
+import mlflow
+import pandas as pd
 import pytest
 from sklearn.pipeline import make_pipeline
 
+from helpers import monitoring, registry, series
 from helpers.registry.reference import make_reference
-from tests.scoring import answer_of, fit_svm
+from helpers.serving import scored_rows
+from helpers.workspace import open_workspace
+from tests.scoring import SVM, answer_of, fit_svm, log_svm, put_in_production
 
 
 class Promoted:
@@ -27,3 +35,57 @@ class Promoted:
 @pytest.fixture(scope="package")
 def promoted(big_split):
     return Promoted(big_split)
+
+
+@pytest.fixture(scope="package")
+def logged(running_server, promoted):
+    running_server.connect()
+    return log_svm(promoted.split)
+
+
+class Watched:
+    """A model in Production whose scored rows can be written."""
+
+    def __init__(self, name, folder, logged, promoted):
+        self.name, self.split = name, promoted.split
+        self.version = str(put_in_production(name, logged, promoted.split).version)
+        self.workspace = open_workspace(folder)
+
+    def score(self, request_id, rows, answers, labels=None):
+        """Keep rows as the scoring server does, and their labels."""
+        probabilities = answers.filter(like="probability_").to_numpy().tolist()
+        with closing(scored_rows.Recorder(self.workspace.scored_rows)) as recorder:
+            model = SimpleNamespace(name=self.name, version=self.version, labels=self.split.labels)
+            recorder.write(request_id, model, rows, answers["prediction"].tolist(), probabilities)
+        if labels is not None:
+            self.label(request_id, labels)
+
+    def label(self, request_id, labels):
+        ids = scored_rows.row_ids(request_id, len(labels))
+        labels = pd.Series(list(labels), index=ids)
+        assert monitoring.add_labels(self.workspace, labels) == len(ids)
+
+    def monitor(self):
+        return monitoring.monitor(self.workspace)
+
+    def tag(self):
+        return registry.production_version(self.name).tags.get("monitoring")
+
+    def runs(self):
+        query = f"tags.model = '{self.name}'"
+        return mlflow.search_runs(
+            experiment_names=["monitoring"], filter_string=query, output_format="list"
+        )
+
+
+@pytest.fixture
+def watch(logged, tracking_server, promoted):
+    """Put the model into Production under a name: ``watch(name, workspace's folder)``."""
+    return partial(Watched, logged=logged, promoted=promoted)
+
+
+@pytest.fixture
+def watched(watch, monkeypatch, tmp_path):
+    name = f"model_{tmp_path.name}"
+    monkeypatch.setattr(series, "MODELS", {name: series.MODELS[SVM]})
+    return watch(name, tmp_path / "ws")

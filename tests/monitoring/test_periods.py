@@ -1,7 +1,5 @@
 import subprocess
 import sys
-from contextlib import closing
-from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -12,61 +10,13 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from helpers import monitoring, plots, registry, series
+from helpers import monitoring, plots, registry
 from helpers.monitoring.alerting import AlertError
 from helpers.monitoring.labels import LabelsError, read_labels
 from helpers.serving import scored_rows
-from helpers.workspace import PROJECT_ROOT, open_workspace
-from tests.scoring import SVM, log_svm, put_in_production, serve_here
+from helpers.workspace import PROJECT_ROOT
+from tests.scoring import SVM, serve_here
 from tests.series import clean_environment
-
-
-@pytest.fixture(scope="module")
-def logged(running_server, promoted):
-    running_server.connect()
-    return log_svm(promoted.split)
-
-
-class Watched:
-    """A model in Production whose scored rows can be written."""
-
-    def __init__(self, name, folder, logged, promoted):
-        self.name, self.split = name, promoted.split
-        self.version = str(put_in_production(name, logged, promoted.split).version)
-        self.workspace = open_workspace(folder)
-
-    def score(self, request_id, rows, answers, labels=None):
-        """Keep rows as the scoring server does, and their labels."""
-        probabilities = answers.filter(like="probability_").to_numpy().tolist()
-        with closing(scored_rows.Recorder(self.workspace.scored_rows)) as recorder:
-            model = SimpleNamespace(name=self.name, version=self.version, labels=self.split.labels)
-            recorder.write(request_id, model, rows, answers["prediction"].tolist(), probabilities)
-        if labels is not None:
-            self.label(request_id, labels)
-
-    def label(self, request_id, labels):
-        ids = scored_rows.row_ids(request_id, len(labels))
-        labels = pd.Series(list(labels), index=ids)
-        assert monitoring.add_labels(self.workspace, labels) == len(ids)
-
-    def monitor(self):
-        return monitoring.monitor(self.workspace)
-
-    def tag(self):
-        return registry.production_version(self.name).tags.get("monitoring")
-
-    def runs(self):
-        query = f"tags.model = '{self.name}'"
-        return mlflow.search_runs(
-            experiment_names=["monitoring"], filter_string=query, output_format="list"
-        )
-
-
-@pytest.fixture
-def watched(logged, tracking_server, promoted, monkeypatch, tmp_path):
-    name = f"model_{tmp_path.name}"
-    monkeypatch.setattr(series, "MODELS", {name: series.MODELS[SVM]})
-    return Watched(name, tmp_path / "ws", logged, promoted)
 
 
 def test_healthy_day_is_logged_tagged_ok_and_passes(watched, promoted, capsys):
@@ -165,22 +115,11 @@ def test_webhook_that_does_not_answer_stops_nothing_and_is_not_shown(
     assert "secret-path" not in shown
 
 
-def test_rehearsal_finds_something_and_writes_nothing(watched, promoted):
-    model = registry.load_production(watched.name)
-    found = monitoring.rehearse({watched.name: model}, promoted.split)
-    assert found["message"].str.contains("accuracy").any()
-    assert found["message"].str.contains("drifted").any()
-    assert watched.runs() == []
-    assert monitoring.alerts(watched.workspace).empty
-    assert watched.tag() is None
-
-
 @pytest.mark.slow
-def test_command_ends_with_3_after_an_alert(tmp_path, promoted, logged, tracking_server):
+def test_command_ends_with_3_after_an_alert(watch, tmp_path, promoted, tracking_server):
     workspace = tracking_server.workspace
-    watched = Watched(SVM, workspace.root, logged, promoted)
     rows, answers = promoted.stream(age=np.nan)
-    watched.score("cli", rows, answers)
+    watch(SVM, workspace.root).score("cli", rows, answers)
     labels = pd.DataFrame({"row_id": scored_rows.row_ids("cli", 300), "label": answers["label"]})
     labels.to_csv(tmp_path / "labels.csv", index=False)
     command = [sys.executable, "-m", "helpers.monitoring", "--workspace", workspace.root]

@@ -1,0 +1,29 @@
+from helpers import monitoring, registry, serving
+from helpers.serving.app import Application
+from helpers.serving.models import Models, load
+from helpers.serving.scored_rows import Recorder
+from tests.scoring import serve_here
+
+
+def test_first_day_is_sent_once_with_its_labels(watched, promoted):
+    model = load(watched.name, registry.production_version(watched.name))
+    app = Application(Models(model), Recorder(watched.workspace.scored_rows))
+    with serve_here(app.starlette()) as url:
+        client = serving.connect(url)
+        done = monitoring.play_first_day(watched.workspace, client, promoted.split)
+        again = monitoring.play_first_day(watched.workspace, client, promoted.split)
+    assert done == f"{watched.name} version 1: 450 rows and labels."
+    assert "nothing sent" in again
+    report = watched.monitor()
+    assert report.periods["labelled"].tolist() == [450]
+    assert report.current == []
+
+
+def test_rehearsal_finds_something_and_writes_nothing(watched, promoted):
+    model = registry.load_production(watched.name)
+    found = monitoring.rehearse({watched.name: model}, promoted.split)
+    assert found["message"].str.contains("accuracy").any()
+    assert found["message"].str.contains("drifted").any()
+    assert watched.runs() == []
+    assert monitoring.alerts(watched.workspace).empty
+    assert watched.tag() is None
