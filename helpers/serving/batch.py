@@ -71,7 +71,9 @@ def score_csv(
     finished = len(list(folder.glob(f"{key}-*.parquet")))
     if finished:
         notice(f"{output.name}: goes on after the {finished:,} parts that are finished.")
-    texts = {name: str for name, kind in client.models[model]["columns"].items() if kind == "text"}
+    columns = client.models[model]["columns"]
+    # What is copied only is no number either: 007 stays 007.
+    texts = {name: str for name in (*columns, *keep) if columns.get(name, "text") == "text"}
     parts, total = [], 0
     with (
         CsvChunks(source, chunk_rows, texts) as chunks,

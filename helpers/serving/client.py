@@ -11,6 +11,7 @@ import requests
 
 from helpers.display import notice
 from helpers.server import users
+from helpers.serving.scored_rows import row_ids
 from helpers.workspace import ProjectError
 
 TIMEOUT = 120  # seconds for the answer to one request
@@ -143,7 +144,7 @@ def ask(
     if not answer.ok:
         raise ServingError(f"{model} refused the rows: {_reason(answer)}")
     table = pd.DataFrame(answer.json()["predictions"])
-    table.index = [f"{answer.headers['X-Request-Id']}-{number}" for number in range(len(table))]
+    table.index = row_ids(answer.headers["X-Request-Id"], len(table))
     table.attrs = {
         "model": answer.headers["X-Model-Name"],
         "version": answer.headers["X-Model-Version"],

@@ -19,9 +19,9 @@ from tests.series import wait_for
 
 @pytest.fixture
 def many(served, tmp_path):
-    """A CSV of 700 rows with a column that no model knows."""
+    """A CSV of 700 rows with a column that no model knows, which looks like numbers at first."""
     rows = served.split.X_train.head(700).reset_index(drop=True)
-    rows.insert(0, "id", [f"s{number:05d}" for number in range(len(rows))])
+    rows.insert(0, "id", [*(f"{number:05d}" for number in range(699)), "A0001"])
     rows.to_csv(tmp_path / "many.csv", index=False)
     return SimpleNamespace(path=tmp_path / "many.csv", rows=rows)
 
