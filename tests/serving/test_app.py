@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -11,6 +13,7 @@ from helpers import registry, serving
 from helpers.serving.app import Application
 from helpers.serving.models import Models
 from helpers.serving.scored_rows import Recorder
+from helpers.workspace import PROJECT_ROOT
 from tests.scoring import NETWORK, SVM, assert_same, post, serve_here
 
 
@@ -62,6 +65,14 @@ def test_password_is_asked_of_all_but_ping(loaded_svm, tmp_path):
 def test_other_sites_name_is_refused(served):
     answer = post(served.client, b'{"instances": []}', headers={"Host": "evil.example"})
     assert answer.status_code == 403
+
+
+def test_server_starts_without_libraries_of_training_and_pictures():
+    code = (
+        "import sys, helpers.serving.app;"
+        "assert not {'tensorflow', 'keras', 'matplotlib', 'seaborn'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)
 
 
 @pytest.mark.slow
