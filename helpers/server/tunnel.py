@@ -260,7 +260,7 @@ def show_models(workspace: Workspace, models) -> Address:
     Parameters
     ----------
     workspace : helpers.workspace.Workspace
-    models : helpers.serving.ScoringServer
+    models : helpers.serving.ScoringClient
     """
     what = "The models answer"
     ngrok_agent.forget_dead_tunnel(workspace)

@@ -8,8 +8,6 @@ References
 .. [1] https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/
 """
 
-import base64
-import binascii
 import hmac
 import http
 import json
@@ -35,13 +33,11 @@ from starlette.routing import Mount, Route
 from helpers import tracking
 from helpers.models.interface import convert
 from helpers.server import credentials, processes
+from helpers.server.http import LOCAL_HOSTS, MOST_BYTES, basic_credentials, read_body
 from helpers.serving.inputs import parse
 from helpers.serving.models import LoadedModel, Models
 from helpers.serving.scored_rows import Recorder
 from helpers.workspace import open_workspace
-
-MOST_BYTES = 64 * 2**20  # of one request
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
 class Application:
@@ -141,7 +137,7 @@ class Application:
         self._check_host(request)
         if self.password is None:
             return
-        given = _password_of(request.headers.get("authorization", ""))
+        _, given = basic_credentials(request.headers.get("authorization", "")) or ("", "")
         if not hmac.compare_digest(given.encode(), self.password.encode()):
             challenge = {"WWW-Authenticate": 'Basic realm="scoring"'}
             raise HTTPException(401, "Sign in with the password of the models.", challenge)
@@ -176,28 +172,14 @@ def score(
     return json.dumps({"predictions": records}).encode()
 
 
-def _password_of(authorization: str) -> str:
-    scheme, _, credentials = authorization.partition(" ")
-    try:
-        text = base64.b64decode(credentials, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError, ValueError):
-        return ""
-    return text.partition(":")[2] if scheme.lower() == "basic" else ""
-
-
 async def _read_body(request: Request) -> bytes:
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise HTTPException(415, "Compressed requests are not taken; send the rows as they are.")
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= MOST_BYTES:
-            parts.append(part)
-    # Read to its end all the same: on a connection closed before, the answer may get lost.
-    if size > MOST_BYTES:
+    body = await read_body(request)
+    if body is None:
         limit = MOST_BYTES // 2**20
         raise HTTPException(413, f"More than {limit} MB at once. Send fewer rows per request.")
-    return b"".join(parts)
+    return body
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 
-from helpers import registry, serving, tracking
+from helpers import registry, server, serving, tracking
 from helpers.serving import models
 from helpers.workspace import open_workspace
 from tests.scoring import NETWORK, SVM, log_network, log_svm, put_in_production
@@ -19,7 +19,7 @@ def production(tmp_path_factory, big_split, _no_team_server):
     serving.start(workspace, port=5401, keep=False)
     yield SimpleNamespace(workspace=workspace, split=big_split)
     serving.stop(workspace)
-    tracking.server.stop_server(workspace)
+    server.stop_server(workspace)
 
 
 @pytest.fixture
