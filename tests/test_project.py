@@ -10,8 +10,18 @@ import pytest
 
 from helpers.workspace import PROJECT_ROOT
 
-README = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = (
+    "README.md",
+    "helpers/README.md",
+    "notebooks/walkthrough.md",
+    ".github/CONTRIBUTING.md",
+)
+IN_SPANISH = {
+    "README.md": "README.es.md",
+    "notebooks/walkthrough.md": "notebooks/walkthrough.es.md",
+}
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOK_IMAGES = sorted((PROJECT_ROOT / "notebooks" / "images").iterdir())
 
 
 def code_cells(path):
@@ -25,10 +35,29 @@ def code_lines(cell):
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_readme_names_no_file_that_is_not_there():
-    named = set(re.findall(r"(?<!/)\b((?:helpers|notebooks|tests)/[\w./]*\w)", README))
-    assert len(named) > 30
-    assert [name for name in named if not (PROJECT_ROOT / name).exists()] == []
+def read(name):
+    return (PROJECT_ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *IN_SPANISH.values()])
+def test_document_names_no_file_that_is_not_there(name):
+    text, folder = read(name), (PROJECT_ROOT / name).parent
+    named = set(re.findall(r"(?<![/\w])((?:helpers|notebooks|tests)/[\w./]*\w)", text))
+    links = re.findall(r'(?:\]\(|src=")([^)"#]+)', text)
+    there = [PROJECT_ROOT / each for each in named]
+    there += [folder / each for each in links if not each.startswith("http")]
+    assert there
+    assert [path for path in there if not path.exists()] == []
+
+
+def test_every_picture_is_in_a_document():
+    shown = "".join(map(read, DOCUMENTS))
+    assert [p.name for p in NOTEBOOK_IMAGES if p.name not in shown] == []
+
+
+def test_readme_has_at_most_200_lines():
+    for name in ("README.md", "README.es.md"):
+        assert len(read(name).splitlines()) <= 200
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -102,9 +131,9 @@ def test_requirements_name_every_library_that_the_helpers_import():
         "ai_edge_litert": "ai-edge-litert",
     }
     # Keras and joblib come with TensorFlow and scikit-learn, IPython and what reads and writes
-    # notebooks with ipykernel, papermill and jupyter, the database's tools with MLflow.
+    # notebooks with ipykernel, papermill and jupyter, the database's tools and a cache with MLflow.
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbformat", "nbconvert", "google"}
-    brought |= {"alembic", "sqlalchemy", "packaging", "cloudpickle"}
+    brought |= {"alembic", "sqlalchemy", "packaging", "cloudpickle", "cachetools"}
     foreign = imported - set(sys.stdlib_module_names) - {"helpers"} - brought
     assert {packages.get(name, name) for name in foreign} <= named
 
@@ -113,7 +142,7 @@ def _shape(text):
     """Return what both languages share: commands, pictures, links, and the names in tables."""
     return {
         "commands": re.findall(r"^```(?:bash|python)\n.*?^```$", text, re.M | re.S),
-        "pictures": re.findall(r'(?:src="|!\[[^]]*\]\()(notebooks/images/[^")]+)', text),
+        "pictures": re.findall(r'(?:src="|!\[[^]]*\]\()([^")]+\.png)', text),
         "links": re.findall(r"https?://[^\s)>,;]+", text),
         "files": sorted(re.findall(r"\b(?:helpers|notebooks|tests)/[\w./]*\w", text)),
         "rows": re.findall(r"^\| (`[^|]*`) \|", text, re.M),
@@ -121,12 +150,11 @@ def _shape(text):
     }
 
 
-def test_spanish_readme_has_the_commands_pictures_and_tables_of_the_english_one():
-    english, spanish = (
-        _shape((PROJECT_ROOT / name).read_text(encoding="utf-8"))
-        for name in ("README.md", "README.es.md")
-    )
-    assert len(english["commands"]) >= 5
-    assert len(english["pictures"]) >= 15
+@pytest.mark.parametrize("name", IN_SPANISH)
+def test_spanish_document_has_the_commands_pictures_and_tables_of_the_english_one(name):
+    english, spanish = _shape(read(name)), _shape(read(IN_SPANISH[name]))
+    assert len(english["pictures"]) >= 3
+    # Each links to the document in its own language.
+    spanish["files"] = [each.replace(".es.md", ".md") for each in spanish["files"]]
     for part, content in english.items():
         assert spanish[part] == content, part

@@ -30,33 +30,6 @@ pre { font: 13px monospace; white-space: pre-wrap; margin: 0 }
 """
 
 
-def machines():
-    """Draw five machines around a folder in Drive."""
-    parts = []
-    for place, step in enumerate(STEPS.values()):
-        x = 20 + 190 * place
-        parts.append(
-            f'<rect x="{x}" y="10" width="170" height="70" rx="8" fill="#e8f0fe" '
-            f'stroke="#1f77b4"/><text x="{x + 85}" y="38" text-anchor="middle" font-size="14">'
-            f"{step.name.replace('_', ' ', 1).split('_')[0]}…</text>"
-            f'<text x="{x + 85}" y="62" text-anchor="middle" font-size="13" fill="#555">'
-            "a machine of its own</text>"
-            f'<path d="M{x + 70} 168 V88" stroke="#2ca02c" stroke-width="2" marker-end="url(#a)"/>'
-            f'<path d="M{x + 100} 82 V162" stroke="#ff7f0e" stroke-width="2" marker-end="url(#a)"/>'
-            f'<text x="{x + 62}" y="130" text-anchor="end" font-size="12">restore</text>'
-            f'<text x="{x + 108}" y="130" font-size="12">save</text>'
-        )
-    return (
-        '<svg width="970" height="250" font-family="sans-serif"><defs><marker id="a" '
-        'viewBox="0 0 10 10" refX="6" refY="5" markerWidth="7" markerHeight="7" orient="auto">'
-        '<path d="M0 0L10 5L0 10z"/></marker></defs>' + "".join(parts) + '<rect x="20" y="172" '
-        'width="930" height="62" rx="8" fill="#fff7e6" stroke="#ff7f0e"/><text x="485" y="198" '
-        'text-anchor="middle" font-size="15">Google Drive: MyDrive/mlflow_series</text>'
-        '<text x="485" y="220" text-anchor="middle" font-size="13" fill="#555">data, runs, models, '
-        "versions, unfinished training and search</text></svg>"
-    )
-
-
 def form(source):
     """Draw the fields of a cell: its title and its parameters."""
     lines = []
@@ -85,12 +58,11 @@ def outputs(notebook):
 
 
 def main(notebook):
-    """Make the three pictures."""
+    """Make both pictures."""
     path = PROJECT_ROOT / "notebooks" / f"{STEPS['01'].name}.ipynb"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     pages = {
-        "colab_machines": (machines(), 1010),
         "colab_first_cell": (form(first), 760),
         "colab_restored": (outputs(notebook), 900),
     }
