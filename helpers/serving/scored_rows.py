@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS alerts (
 def _open(path: Path) -> sqlite3.Connection:
     # Rows may be about persons: only the owner may read them.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    connection = sqlite3.connect(path, timeout=TIMEOUT)
+    connection = sqlite3.connect(path, timeout=TIMEOUT, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     # A process that is killed loses nothing; a machine without power, the last moments.
     connection.execute("PRAGMA synchronous = NORMAL")
@@ -75,6 +75,8 @@ class Recorder:
     def __init__(self, path: Path, most_rows: int = MOST_ROWS):
         self.path, self.most_rows, self.dropped = path, most_rows, 0
         self._queue = queue.Queue(MOST_WAITING)
+        # Made here, before anyone reads: two that make a file at once lock each other out.
+        self._connection = _open(path)
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -110,7 +112,7 @@ class Recorder:
         self._thread.join()
 
     def _work(self) -> None:
-        with closing(_open(self.path)) as connection:
+        with closing(self._connection) as connection:
             (kept,) = connection.execute("SELECT total(n_rows) FROM requests").fetchone()
             for request in iter(self._queue.get, None):
                 try:

@@ -53,9 +53,10 @@ def test_request_that_cannot_be_written_is_counted_and_the_next_is_kept(recorder
     rows = pd.DataFrame({"age": [1]})
     assert write(recorder, "before", rows)
     with scored_rows.connect(recorder.path) as connection:
-        connection.execute("DROP TABLE requests")
+        connection.execute("ALTER TABLE requests RENAME TO elsewhere")
         recorder.write("lost", MODEL, rows, ["low"], [[0.25, 0.75]])
         assert wait_for(lambda: recorder.dropped == 1)
+        connection.execute("ALTER TABLE elsewhere RENAME TO requests")
     assert write(recorder, "kept", rows)
 
 
