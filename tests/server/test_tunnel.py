@@ -325,8 +325,9 @@ def test_server_that_died_is_started_by_the_cell(workspace, ngrok):
     try:
         address = tunnel.show_ui(workspace, True)
         died = processes.read_state(workspace.server)
-        psutil.Process(died.pid).kill()
-        assert wait_for(lambda: not died.alive)
+        process = psutil.Process(died.pid)
+        process.kill()
+        process.wait()
         assert outside(address.url).headers["Ngrok-Error-Code"] == "ERR_NGROK_8012"
         again = tunnel.show_ui(workspace, True)
         assert outside(again.url).status_code == 401
