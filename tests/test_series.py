@@ -287,6 +287,8 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_pat
     start = time.time()
     result = run_series(elsewhere, *arguments, "--resume")
     assert "Restored what was saved at" in result.stdout
+    # A new machine has nothing that could be in the way.
+    assert not (tmp_path / "share" / "aside").exists()
     assert "01_data_preparation: skipped, done and unchanged" in result.stdout
     assert "03_svm_grid_search: runs, not finished yet" in result.stdout
     assert result.returncode == 0, result.stderr

@@ -17,7 +17,7 @@ from helpers.workspace import PROJECT_ROOT
 from tests.tools.walkthrough import find_browser
 
 IMAGES = PROJECT_ROOT / "notebooks" / "images"
-SHOWN = ("open_notebook(", ".fit(")  # the cells of 02 whose outputs are shown
+SHOWN = ("open_notebook(", "start_run(")  # the cells of 02 whose outputs are shown
 STYLE = """
 body { font: 15px sans-serif; margin: 0; padding: 16px; background: white; color: #222 }
 .cell { background: #f7f7f7; border-radius: 6px; padding: 10px 14px; margin-bottom: 6px }
