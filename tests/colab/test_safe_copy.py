@@ -22,6 +22,7 @@ from helpers.colab.history import KEPT
 from helpers.colab.safe_copy import SafeCopyError
 from helpers.data import load_split, save_split
 from helpers.workspace import PROJECT_ROOT, open_workspace
+from tests.series import connected
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -547,23 +548,23 @@ def test_damaged_database_is_not_saved_and_fetched_when_it_is_away(machine, driv
 
 
 @pytest.mark.slow
-def test_machine_catches_up_while_its_server_runs(tracking_server, machine, drive, tmp_path):
-    here = tracking_server.workspace
-    with tracking.start_run("before", "one") as run:
-        mlflow.log_metric("m", 1.0)
-    copy = safe_copy.start(here, str(drive), "03")
-    copy.save()
-    by_other = machine("b")
-    run_id = by_other.save_run()
-    # The server wrote nothing meanwhile: nothing is unsaved.
-    copy = safe_copy.start(here, str(drive), "03")
-    assert not (drive / "aside").exists()
-    assert mlflow.MlflowClient().get_run(run_id).data.metrics == {"accuracy": 0.75}
-    # The server goes on writing as before.
-    with tracking.start_run("after", "two") as later:
-        mlflow.log_metric("m", 1.0)
-    copy.save()
-    assert server.answers(tracking_server.url)
+def test_machine_catches_up_while_its_server_runs(workspace, machine, drive):
+    with connected(workspace.root) as client:
+        with tracking.start_run("before", "one") as run:
+            mlflow.log_metric("m", 1.0)
+        copy = safe_copy.start(workspace, str(drive), "03")
+        copy.save()
+        by_other = machine("b")
+        run_id = by_other.save_run()
+        # The server wrote nothing meanwhile: nothing is unsaved.
+        copy = safe_copy.start(workspace, str(drive), "03")
+        assert not (drive / "aside").exists()
+        assert client.get_run(run_id).data.metrics == {"accuracy": 0.75}
+        # The server goes on writing as before.
+        with tracking.start_run("after", "two") as later:
+            mlflow.log_metric("m", 1.0)
+        copy.save()
+        assert server.answers(mlflow.get_tracking_uri())
     last = machine("c").client
     for each in (run.info.run_id, run_id, later.info.run_id):
         assert last.get_run(each).info.status == "FINISHED"
