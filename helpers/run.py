@@ -304,8 +304,9 @@ def _run(options: argparse.Namespace) -> int:
     parameters = _parameters(options)
     workspace = open_workspace(options.workspace or parameters.pop("WORKSPACE", None))
     by_step = distribute(parameters)
-    _separate_kernel_messages(workspace)
     save = safe_copy.start(workspace, parameters.get("DRIVE_FOLDER"), "helpers.run").save
+    # Not before: on a new machine the file would be work that the copy does not have.
+    _separate_kernel_messages(workspace)
     # The first notebook logs nothing.
     with_models = any(STEPS[number].needs for number in options.only)
     if with_models:

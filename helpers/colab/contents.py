@@ -34,8 +34,6 @@ def belongs(path: str) -> bool:
     parts = path.split("/")
     known = FOLDERS if len(parts) > 1 else (*FILES, *DATABASES)
     plain = PurePath(path).parts == tuple(parts) and "\0" not in path
-    if PurePath(path).suffix == ".log":
-        return False  # A batch run opens one before it looks at the copy.
     return parts[0] in known and plain and not any(part.startswith(".") for part in parts)
 
 
