@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,11 +341,10 @@ def test_server_that_died_is_started_by_the_cell(workspace, ngrok):
 def test_taken_port_is_said_and_the_tunnel_leads_to_the_other(workspace, ngrok, capsys):
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+        # Where something else has it already, that is as good.
+        with suppress(OSError):
             other.bind((processes.HOST, server.PORT))
             other.listen()
-        except OSError:
-            pass  # something else has it already, which is as good
         try:
             address = tunnel.show_ui(workspace, True)
             assert f"Port {server.PORT} is taken" in capsys.readouterr().out
