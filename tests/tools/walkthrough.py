@@ -1,4 +1,4 @@
-"""The way through the MLflow UI that the README shows, walked in a real browser.
+"""The way through the MLflow UI of notebooks/walkthrough.md, walked in a real browser.
 
 ``python -m tests.tools.walkthrough`` runs the series on the bundled sample, shows the UI through
 the stand-in for ngrok, walks through it, and makes the screenshots in ``notebooks/images/`` anew.
