@@ -17,16 +17,25 @@ from tests.doubles.ngrok import NgrokCloud
 URI = "MLFLOW_TRACKING_URI"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than a few seconds (deselect: not slow)")
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Count what needs a run of the whole series among the slow tests."""
+    """Count what needs a run of the whole series among the slow tests, and group the tests.
+
+    Tests run in two processes. A file goes to one of them as a whole, and so do files whose
+    tests share a server of their folder or a run of the series.
+    """
     for item in items:
+        group = item.path.name
+        fixtures = [found[-1] for found in item._fixtureinfo.name2fixturedefs.values()]
+        if any(fixture.scope == "package" for fixture in fixtures):
+            group = item.path.parent.name
         if "sample_run" in item.fixturenames:
+            group = "sample_run"
             item.add_marker("slow")
+        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("alone") and "PYTEST_XDIST_WORKER" in os.environ:
+            reason = "needs port 5000 for itself: python -m pytest -m alone -n 0"
+            item.add_marker(pytest.mark.skip(reason))
 
 
 @pytest.fixture(scope="session", autouse=True)

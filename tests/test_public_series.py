@@ -23,7 +23,7 @@ from tests.series import (
 )
 from tests.tools import walkthrough
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 QUICK = (*ONE_PAIR, "-p", "EPOCHS", "8", "-p", "ATTACKED_ROWS", "5")
 EXPOSING = ("02_cnn_training", "03_svm_grid_search", "04_registry_promotion")

@@ -108,7 +108,6 @@ def share_right(estimator, X, y):
         {"svc": {"decision_function_shape": "ovo"}},
         {"svc": {"break_ties": True, "tol": 0.1, "shrinking": False}},
     ],
-    ids=str,
 )
 def test_everything_equals_gridsearchcv(options):
     own = {name: value for name, value in options.items() if name not in ("classes", "svc")}
