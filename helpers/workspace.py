@@ -11,9 +11,11 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 DRIVE = Path("/content/drive")  # where Colab shows Google Drive
+PATIENCE = 5  # seconds for Colab's page to answer
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -138,8 +140,8 @@ def file_digest(*paths: str | os.PathLike) -> str:
 
 
 def in_colab() -> bool:
-    """Tell whether this is a Colab runtime."""
-    return "google.colab" in sys.modules
+    """Tell whether this is a Colab runtime: one of its kernels, or a program started there."""
+    return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
 
 
 def _shell():
@@ -166,3 +168,24 @@ def is_interactive() -> bool:
 def is_batch() -> bool:
     """Tell whether this is the kernel of a batch run, behind which there is no front end."""
     return kernel() is not None and not is_interactive()
+
+
+def colab_front_end() -> bool:
+    """Tell whether Colab's own page is behind this kernel: its secrets, its port proxy.
+
+    Kernels of batch runs (papermill, google-colab-cli) have none and are not asked. Other front
+    ends, such as that of VS Code, leave the question unanswered; it is put once in a cell.
+    """
+    if not in_colab() or kernel() is None or is_batch():
+        return False
+    return _page_answers(kernel().get_parent("shell")["header"]["msg_id"])
+
+
+@lru_cache(maxsize=1)
+def _page_answers(cell: str) -> bool:
+    from google.colab import errors, output
+
+    try:
+        return output.eval_js("1", timeout_sec=PATIENCE) == 1
+    except errors.Error:
+        return True  # an answer, too
