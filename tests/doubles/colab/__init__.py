@@ -1,14 +1,15 @@
 """A stand-in for Colab: machines with an empty disk that vanish, and a front end with a person.
 
-What is real: the kernel, the packages (those of Colab's runtime, see ``constraints.txt``), the
-notebooks and everything that they start. What is not: the host of ``google.colab``; ``packages``
-holds a package of that name whose Drive is a folder and whose secrets are a file.
+What is real: the kernels, the packages (those of Colab's runtime, see ``constraints.txt``), the
+notebooks and everything that they start. What is not: the front end. ``packages`` holds a package
+``google.colab`` that asks it by Colab's own messages, and waits as long as Colab's does.
 """
 
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,31 +29,36 @@ MARK = "COLAB_DOUBLE_DISK"  # variable in the environment of all that runs on a 
 CONSTRAINTS = HERE / "constraints.txt"
 
 
+# What each front end answers; none of the batch runs has one that could be asked for input.
+PAGE = frozenset({"request_auth", "GetSecret", "cell_javascript_eval"})  # Colab's own
+VS_CODE = DRIVEMOUNT = frozenset({"request_auth"})  # of google-colab-cli, the second
+BATCH = frozenset()  # papermill, `colab exec`
+
+
 class ColabMachine:
     """One machine of Colab: an empty disk, a kernel, a person who runs cells.
 
     The folder `disk` stands for the machine's root, ``/content`` is a folder in it; `python` is
-    the runtime's, `drive` the person's Google Drive.
+    the runtime's, `drive` the person's Google Drive, `secrets` are theirs: a value, or None where
+    the notebook may not read it.
+
+    Attributes
+    ----------
+    front_end : set of str
+        What the front end answers from the next cell on.
+    allows_drive : bool
+        Whether the person, when asked, allows Drive.
+    requests : list of tuple
+        What the machine's kernels asked a front end: what, whether it answered, the seconds.
     """
 
-    def __init__(self, python: Path, disk: Path, drive: Path, secrets: dict[str, str]):
+    def __init__(self, python: Path, disk: Path, drive: Path, secrets: dict, front_end=PAGE):
         self.content = disk / "content"
         self.content.mkdir(parents=True)
         drive.mkdir(exist_ok=True)
-        profile = disk / "ipython" / "profile_default" / "startup"
-        profile.mkdir(parents=True)
-        # Colab's own kernel has the package imported before the first cell.
-        (profile / "00-colab.py").write_text("import google.colab\n", encoding="utf-8")
-        (disk / "secrets.json").write_text(json.dumps(secrets), encoding="utf-8")
-        kept = {"PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "LD_LIBRARY_PATH"}
-        self._environment = {
-            **{name: value for name, value in os.environ.items() if name in kept},
-            "PYTHONPATH": str(HERE / "packages"),
-            "IPYTHONDIR": str(disk / "ipython"),
-            "COLAB_DOUBLE_DRIVE": str(drive),
-            "COLAB_DOUBLE_SECRETS": str(disk / "secrets.json"),
-            MARK: str(disk),
-        }
+        self.front_end, self.allows_drive = front_end, True
+        self._secrets, self._log, self._right = secrets, disk / "requests.jsonl", disk / "right"
+        self._environment = self._set_up(python, disk, drive)
         connection = disk / "kernel.json"
         write_connection_file(str(connection))
         # Now, as the kernel takes the file away for a moment when it writes it anew.
@@ -60,7 +66,7 @@ class ColabMachine:
         self._client.load_connection_file(str(connection))
         port = json.loads(connection.read_text(encoding="utf-8"))["hb_port"]
         self._kernel = subprocess.Popen(
-            [python, "-m", "ipykernel_launcher", "-f", str(connection)],
+            [python, "-m", "colab_kernel_launcher", "-f", str(connection)],
             cwd=self.content,
             env=self._environment,
             stdout=subprocess.DEVNULL,
@@ -71,28 +77,85 @@ class ColabMachine:
         self._client.start_channels()
         self._client.wait_for_ready(timeout=60)
 
+    def _set_up(self, python: Path, disk: Path, drive: Path) -> dict[str, str]:
+        """Make every kernel of the machine one of Colab's; return the environment."""
+        profile = disk / "ipython" / "profile_default"
+        profile.mkdir(parents=True)
+        (profile / "ipython_kernel_config.py").write_text(
+            'get_config().IPKernelApp.kernel_class = "google.colab._kernel.Kernel"\n'
+        )
+        spec = disk / "jupyter" / "kernels" / "python3" / "kernel.json"
+        spec.parent.mkdir(parents=True)
+        argv = [str(python), "-m", "colab_kernel_launcher", "-f", "{connection_file}"]
+        spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3"}))
+        kept = {"PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "LD_LIBRARY_PATH"}
+        return {
+            **{name: value for name, value in os.environ.items() if name in kept},
+            # As in Colab, "python" is the one with the packages.
+            "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(HERE / "packages"),
+            "IPYTHONDIR": str(disk / "ipython"),
+            "JUPYTER_PATH": str(disk / "jupyter"),
+            "COLAB_RELEASE_TAG": "release-colab-stand-in",
+            "COLAB_DOUBLE_DRIVE": str(drive),
+            "COLAB_DOUBLE_RIGHT": str(self._right),
+            "COLAB_DOUBLE_LOG": str(self._log),
+            MARK: str(disk),
+        }
+
+    @property
+    def requests(self):
+        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else []
+        return [tuple(json.loads(line)) for line in lines]
+
+    def _answer(self, kind: str, request: dict) -> dict:
+        """Answer a request as a front end and the person before it would."""
+        if kind == "request_auth":
+            if not self.allows_drive:
+                return {"error": "Error: credential propagation was unsuccessful"}
+            self._right.touch()
+            return {}
+        if kind == "GetSecret":
+            there, value = request["key"] in self._secrets, self._secrets.get(request["key"])
+            return {"data": {"exists": there, "access": value is not None, "payload": value}}
+        port = re.fullmatch(r"google\.colab\.kernel\.proxyPort\((\d+).*\)", request["script"])
+        if port:
+            return {"data": f"https://{port[1]}-colab.example/"}
+        return {"data": json.loads(request["script"])}
+
     def run(self, code: str) -> tuple[str, str | None]:
         """Run a cell as the front end does; return what it shows and its error, or None."""
         shown, errors = [], []
 
         def look(message):
             content = message["content"]
-            if message["msg_type"] == "stream":
+            if message["msg_type"] == "colab_request":
+                asked = message["metadata"]
+                kind, number = asked["colab_request_type"], asked["colab_msg_id"]
+                if kind in self.front_end:
+                    answer = self._answer(kind, content["request"])
+                    self._client.input({"type": "colab_reply", "colab_msg_id": number, **answer})
+            elif message["msg_type"] == "stream":
                 shown.append(content["text"])
             elif message["msg_type"] in ("display_data", "execute_result"):
-                shown.append(content["data"].get("text/plain", ""))
+                data = content["data"]
+                shown.append(data.get("application/javascript", data.get("text/plain", "")) + "\n")
             elif message["msg_type"] == "error":
-                errors.append(f"{content['ename']}: {content['evalue']}")
+                errors.append("\n".join(content["traceback"]))
 
         self._client.execute_interactive(
             code,
-            allow_stdin=True,
+            allow_stdin=bool(self.front_end),
             output_hook=look,
             # Asked for a token, the person presses Enter.
             stdin_hook=lambda _: self._client.input(""),
-            timeout=300,
+            timeout=600,
         )
         return "".join(shown), (errors[0] if errors else None)
+
+    def interrupt(self) -> None:
+        """Interrupt the cell that runs, as the front end's stop button does."""
+        self._kernel.send_signal(signal.SIGINT)
 
     def step_through(self, notebook: Path, **changes) -> str:
         """Run all cells of a notebook, stopping at an error; return what they showed.

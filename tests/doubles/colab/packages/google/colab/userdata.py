@@ -1,27 +1,31 @@
-"""Colab Secrets, as a file: a value, or null where the notebook may not read it."""
+"""Colab Secrets: the front end has them."""
 
-import json
-import os
-from pathlib import Path
+import re
 
-
-class SecretNotFoundError(Exception):
-    """There is no secret of this name."""
+from google.colab import _message, errors
 
 
 class NotebookAccessError(Exception):
-    """The notebook may not read it."""
+    """The notebook may not read the secret."""
 
 
-class TimeoutException(Exception):  # noqa: N818 - Colab's name
+class SecretNotFoundError(errors.Error):
+    """There is no secret of this name."""
+
+
+class TimeoutException(errors.Error):
     """The front end did not answer."""
 
 
 def get(key):
     """Return a secret."""
-    secrets = json.loads(Path(os.environ["COLAB_DOUBLE_SECRETS"]).read_text(encoding="utf-8"))
-    if key not in secrets:
-        raise SecretNotFoundError(key)
-    if secrets[key] is None:
-        raise NotebookAccessError(key)
-    return secrets[key]
+    if not isinstance(key, str) or not re.fullmatch(r"\S+", key):
+        raise ValueError("Please enter a valid secret name without spaces")
+    found = _message.blocking_request("GetSecret", {"key": key}, timeout_sec=10)
+    if not found:
+        raise TimeoutException(f"Requesting secret {key} timed out.")
+    if not found.get("exists"):
+        raise SecretNotFoundError(f"Secret {key} does not exist.")
+    if not found.get("access"):
+        raise NotebookAccessError(f"Notebook does not have access to secret {key}")
+    return found.get("payload", "")
