@@ -156,7 +156,8 @@ def write_pages(workspace: Workspace, numbers: list[str]) -> None:
 def _interrupt_kernels() -> None:
     for child in psutil.Process().children(recursive=True):
         try:
-            if "ipykernel_launcher" in " ".join(child.cmdline()):
+            # ipykernel_launcher, in Colab colab_kernel_launcher.
+            if "kernel_launcher" in " ".join(child.cmdline()):
                 child.send_signal(signal.SIGINT)
         except psutil.NoSuchProcess:
             continue

@@ -70,14 +70,17 @@ def start(workspace: Workspace, folder: str | None, what: str) -> "SafeCopy | No
 def _find_folder(folder: str | None) -> Path | None:
     if not folder or folder == OFF:
         return None
-    if in_colab() and Path(folder).parts[0] == "MyDrive":
-        if not mount_drive():
-            raise SafeCopyError(
-                "Google Drive is not mounted, and only a person can allow it. Run the first cell "
-                "of a notebook in Colab with USE_DRIVE before, or set DRIVE_FOLDER to off."
-            )
-        return DRIVE / folder
-    return Path(folder).expanduser().resolve()
+    if not in_colab():
+        return Path(folder).expanduser().resolve()
+    place = Path(folder).expanduser()
+    place = DRIVE / place if place.parts[0] == "MyDrive" else place.resolve()
+    if place.is_relative_to(DRIVE) and not mount_drive():
+        raise SafeCopyError(
+            "Google Drive is not mounted, and only a person can allow it. Run the first cell of a "
+            "notebook in Colab with USE_DRIVE before (in a terminal: colab drivemount), or set "
+            "DRIVE_FOLDER to off."
+        )
+    return place
 
 
 @atexit.register

@@ -16,7 +16,15 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
-from helpers.workspace import DRIVE, PROJECT_ROOT, ProjectError, in_colab, is_batch
+from helpers.workspace import (
+    DRIVE,
+    PROJECT_ROOT,
+    ProjectError,
+    colab_front_end,
+    in_colab,
+    is_batch,
+    kernel,
+)
 
 # The one setting: where the project is on GitHub, as "owner/name", and the branch to open.
 # After a change: python -m helpers.colab
@@ -50,26 +58,44 @@ def set_up(use_drive: bool) -> None:
     Raises
     ------
     helpers.workspace.ProjectError
-        If pip cannot install what the machine lacks.
+        If Drive is not allowed, or pip cannot install what the machine lacks.
     """
     os.chdir(PROJECT_ROOT)
     if not in_colab():
         return
-    kept = use_drive and mount_drive()
-    os.environ["DRIVE_FOLDER"] = str(DRIVE / COPY) if kept else "off"
+    # What starts a batch run has decided.
+    if not (is_batch() and os.environ.get("DRIVE_FOLDER")):
+        kept = use_drive and mount_drive()
+        os.environ["DRIVE_FOLDER"] = str(DRIVE / COPY) if kept else "off"
     print("Installed:", ", ".join(install_missing()) or "nothing, all is here")
 
 
 def mount_drive() -> bool:
-    """Mount Google Drive where a person can allow it; tell whether it is there."""
+    """Mount Google Drive where a person can allow it; tell whether it is there.
+
+    Raises
+    ------
+    ProjectError
+        If the person does not allow it, or it fails.
+    """
+    # Colab asks before it looks, and would wait two minutes for the answer.
     if (DRIVE / "MyDrive").is_dir():
         return True
-    if is_batch():
-        # Colab would wait two minutes for a front end that a batch run does not have.
+    if kernel() is None or is_batch():
         return False
-    from google.colab import drive
+    from google.colab import drive, errors
+    from pexpect import ExceptionPexpect
 
-    drive.mount(str(DRIVE))
+    seconds = 120 if colab_front_end() else 60
+    try:
+        drive.mount(str(DRIVE), timeout_ms=1000 * seconds)
+    except (errors.Error, ValueError, NotImplementedError, ExceptionPexpect) as error:
+        reason = str(error).partition("\n")[0].removeprefix("Error: ").rstrip(".")
+        raise ProjectError(
+            f"Google Drive is not connected: {reason}. Run this cell again and allow it within "
+            f"{seconds} seconds, or go on without a copy (USE_DRIVE off, DRIVE_FOLDER = 'off'): "
+            "nothing is kept then when this machine goes."
+        ) from None
     return True
 
 

@@ -10,12 +10,14 @@ from helpers.server.mlflow_server import (
     stop_server,
 )
 from helpers.server.processes import ServerError, answers
+from helpers.server.users import hand_on_secrets
 
 __all__ = [
     "PORT",
     "ServerError",
     "answers",
     "command_line",
+    "hand_on_secrets",
     "main",
     "service",
     "start",

@@ -11,7 +11,7 @@ import secrets
 
 from helpers.display import notice
 from helpers.server.private_files import private_lock, write_private
-from helpers.workspace import ProjectError, Workspace, in_colab, is_batch, is_interactive
+from helpers.workspace import ProjectError, Workspace, colab_front_end, is_interactive
 
 # Names under which a password made here is stored, besides those of the users.
 ADMIN = "admin"
@@ -25,6 +25,7 @@ ADMIN_PASSWORD = "MLFLOW_AUTH_ADMIN_PASSWORD"
 USER_PASSWORD = "MLFLOW_PASSWORD_"  # and the user's name in capitals
 SCORING_PASSWORD = "SCORING_PASSWORD"
 ALERT_WEBHOOK = "ALERT_WEBHOOK"
+GIVEN_SECRETS = (NGROK_TOKEN, NGROK_DOMAIN, SCORING_PASSWORD, ALERT_WEBHOOK)  # of no user
 
 SHORTEST_PASSWORD = 12  # characters; MLflow refuses shorter ones
 
@@ -38,18 +39,15 @@ class AccessError(ProjectError):
 
 def find_secret(name: str) -> str | None:
     """Look a secret up in Colab Secrets, else in the environment; without surrounding space."""
-    # A batch run has no front end that could answer: Colab would wait ten seconds for it.
-    value = _colab_secret(name) if in_colab() and not is_batch() else None
+    value = _colab_secret(name) if colab_front_end() else None
     return (value or os.environ.get(name) or "").strip() or None
 
 
 def _colab_secret(name: str) -> str | None:
-    from google.colab import userdata
+    from google.colab import errors, userdata
 
     try:
         return userdata.get(name)
-    except userdata.SecretNotFoundError:
-        return None
     except userdata.NotebookAccessError:
         notice(
             f"The Colab secret {name} is there, but this notebook may not read it. Open the key "
@@ -57,9 +55,8 @@ def _colab_secret(name: str) -> str | None:
             "warning",
         )
         return None
-    except userdata.TimeoutException:
-        # A front end without secrets, such as that of VS Code.
-        return None
+    except errors.Error:
+        return None  # There is none, or the page is gone.
 
 
 def ask_secret(name: str, explanation: str) -> str | None:

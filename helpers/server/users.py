@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from helpers.server.credentials import ADMIN, NOTEBOOKS, AccessError, password_of, stored_secret
+from helpers.server.credentials import (
+    ADMIN,
+    GIVEN_SECRETS,
+    NOTEBOOKS,
+    AccessError,
+    find_secret,
+    password_of,
+    secret_name,
+    stored_secret,
+)
 from helpers.server.http import local_session
 from helpers.server.private_files import private_lock, write_private
 from helpers.settings import as_list
@@ -131,6 +140,17 @@ def is_open_to_all() -> bool:
     if text not in ("", "0", "1", "false", "true"):
         raise ParameterError(f"{OPEN_TO_ALL} must be true or false, not {text!r}.")
     return text in ("1", "true")
+
+
+def hand_on_secrets() -> list[str]:
+    """Put Colab's secrets into the environment, for programs that this notebook starts.
+
+    They have no front end of their own. Returns the names of those that are set.
+    """
+    roles = users_of_environment() or parse_users(DEFAULT_USERS)
+    found = {name: find_secret(name) for name in (*GIVEN_SECRETS, *map(secret_name, roles))}
+    os.environ.update({name: value for name, value in found.items() if value})
+    return [name for name, value in found.items() if value]
 
 
 # --- accounts ---------------------------------------------------------------------------------

@@ -8,15 +8,19 @@ import sys
 import zipfile
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from helpers.colab import safe_copy
 from helpers.colab import setup as colab
-from helpers.colab.safe_copy import SafeCopyError
 from helpers.workspace import PROJECT_ROOT, WorkspaceError, open_workspace
-from tests.doubles.colab import CONSTRAINTS, UV, ColabMachine, make_runtime, read_constraints
+from tests.doubles.colab import (
+    BATCH,
+    DRIVEMOUNT,
+    UV,
+    ColabMachine,
+    make_runtime,
+    read_constraints,
+)
 
 NOTEBOOKS = {path.name[:2]: path for path in sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))}
 SMALL = {
@@ -137,88 +141,159 @@ def _project(target, content):
     return target
 
 
-def _first_cell(tmp_path, **fields):
-    """Run the first cell in a process of its own, where pip has nothing to do."""
-    content = tmp_path / "content"
-    content.mkdir(exist_ok=True)
+NOT_FOUND = "Not found. Fill in REPO_URL or PROJECT"
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A machine whose packages are those of the tests: pip has nothing to do."""
+    machine = ColabMachine(Path(sys.executable), tmp_path / "disk", tmp_path / "drive", {})
+    yield machine
+    machine.vanish()
+
+
+def _first_cell(machine, **fields):
+    """Run the first cell in the folder that a kernel starts in; return what it shows, its error."""
     cells = json.loads(NOTEBOOKS["01"].read_text(encoding="utf-8"))["cells"]
     cell = "".join(next(c for c in cells if c["cell_type"] == "code")["source"])
-    code = cell.replace("/content", str(content))
+    code = cell.replace("/content", str(machine.content))
     for name, value in {"USE_DRIVE": False, **fields}.items():
         before = next(line for line in code.splitlines() if line.startswith(f"{name} = "))
         code = code.replace(before, f"{name} = {value!r}")
-    packages = CONSTRAINTS.parent / "packages"
-    (tmp_path / "drive").mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", f"import google.colab, os\n{code}\nprint('at', os.getcwd())"],
-        cwd=content,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(packages),
-            "COLAB_DOUBLE_DRIVE": str(tmp_path / "drive"),
-        },
-        capture_output=True,
-        text=True,
+    machine.run(
+        f"import os, sys; os.chdir({str(machine.content)!r})\n"
+        "sys.path[:] = [path for path in sys.path if 'project' not in path]\n"
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.startswith('helpers')]"
     )
+    return machine.run(code)
 
 
-def test_first_cell_takes_the_project_from_git_a_zip_or_a_folder_in_drive(tmp_path):
-    source = _project(tmp_path / "source" / "series-main", tmp_path / "content")
+def _place(machine):
+    return machine.run("print(os.getcwd())")[0].strip()
+
+
+def test_first_cell_takes_the_project_from_git_a_zip_or_a_folder_in_drive(machine, tmp_path):
+    source = _project(tmp_path / "source" / "series-main", machine.content)
     subprocess.run(["git", "init", "-q"], cwd=source, check=True)
     subprocess.run(["git", "add", "-A"], cwd=source, check=True)
     who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
     subprocess.run(["git", *who, "commit", "-qm", "c"], cwd=source, check=True)
-    place = tmp_path / "content" / "project"
-    done = _first_cell(tmp_path, REPO_URL=f"file://{source}")
-    assert f"at {place}\n" in done.stdout, done.stderr
-    again = _first_cell(tmp_path)
-    assert f"at {place}\n" in again.stdout, again.stderr
+    place = machine.content / "project"
+    for fields in ({"REPO_URL": f"file://{source}"}, {}):
+        assert _first_cell(machine, **fields)[1] is None
+        assert _place(machine) == str(place)
     shutil.rmtree(place)
     # As GitHub packs it: all in a folder.
-    shutil.make_archive(tmp_path / "content" / "upload", "zip", source.parent, source.name)
-    done = _first_cell(tmp_path, PROJECT=str(tmp_path / "content" / "upload.zip"))
-    assert f"at {place / 'series-main'}\n" in done.stdout, done.stderr
+    shutil.make_archive(machine.content / "upload", "zip", source.parent, source.name)
+    assert _first_cell(machine, PROJECT=str(machine.content / "upload.zip"))[1] is None
+    assert _place(machine) == str(place / "series-main")
     shutil.rmtree(place)
     shutil.copytree(source, tmp_path / "drive" / "my project")
-    done = _first_cell(tmp_path, PROJECT="MyDrive/my project")
-    assert f"at {place}\n" in done.stdout, done.stderr
-    assert "Installed: nothing, all is here" in done.stdout
+    shown, error = _first_cell(machine, PROJECT="MyDrive/my project")
+    assert error is None
+    assert _place(machine) == str(place)
+    assert "Installed: nothing, all is here" in shown
 
 
-def test_first_cell_says_what_to_write_where_nothing_is_set(tmp_path):
-    not_found = "Not found. Fill in REPO_URL or PROJECT.\n"
-    for fields, reason in (
-        ({}, "repository '' does not exist"),
-        ({"REPO_URL": f"file://{tmp_path}/none.git"}, "none.git"),
-        ({"PROJECT": "MyDrive/not there"}, "MyDrive/not there"),
-    ):
-        done = _first_cell(tmp_path, **fields)
-        assert reason in done.stderr
-        assert done.stderr.endswith(not_found)
-    with zipfile.ZipFile(tmp_path / "content" / "data.zip", "w") as archive:
+def test_first_cell_says_in_one_line_what_to_write_where_nothing_is_set(machine, tmp_path):
+    # Of other data, unpacked by mistake.
+    with zipfile.ZipFile(machine.content / "data.zip", "w") as archive:
         archive.writestr("students.csv", "a,b\n")
-    done = _first_cell(tmp_path, PROJECT=str(tmp_path / "content" / "data.zip"))
-    assert done.stderr == not_found
-    # What was unpacked by mistake is not in the way of the right one.
-    _project(tmp_path / "drive" / "series", tmp_path / "content")
-    done = _first_cell(tmp_path, PROJECT="MyDrive/series")
-    assert f"at {tmp_path / 'content' / 'project' / 'series'}\n" in done.stdout, done.stderr
+    for fields in (
+        {},
+        {"REPO_URL": f"file://{tmp_path}/none.git"},
+        {"PROJECT": "MyDrive/not there"},
+        {"PROJECT": str(machine.content / "data.zip")},
+    ):
+        shown, error = _first_cell(machine, **fields)
+        assert error.startswith(NOT_FOUND)
+        assert "\n" not in error
+        assert "To exit" not in shown
+    # What was unpacked is not in the way of the right one.
+    _project(tmp_path / "drive" / "series", machine.content)
+    assert _first_cell(machine, PROJECT="MyDrive/series")[1] is None
+    assert _place(machine) == str(machine.content / "project" / "series")
 
 
-def test_drive_is_mounted_where_a_person_can_allow_it(tmp_path, monkeypatch):
-    drive = SimpleNamespace(mount=lambda place: Path(place, "MyDrive").mkdir(parents=True))
-    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
-    monkeypatch.setattr(colab, "DRIVE", tmp_path / "drive")
-    monkeypatch.setattr(colab, "is_batch", lambda: True)
-    assert not colab.mount_drive()
-    with pytest.raises(SafeCopyError, match="DRIVE_FOLDER to off"):
-        safe_copy.start(open_workspace(tmp_path / "ws"), "MyDrive/copy", "test")
-    monkeypatch.setattr(colab, "is_batch", lambda: False)
-    assert colab.mount_drive()
-    assert (tmp_path / "drive" / "MyDrive").is_dir()
-    # Once is enough, for the batch runs that follow, too.
-    monkeypatch.setattr(colab, "is_batch", lambda: True)
-    assert colab.mount_drive()
+def test_refused_drive_is_one_sentence_and_the_way_on(machine, tmp_path):
+    _project(tmp_path / "drive" / "series", machine.content)
+    project = {"PROJECT": "MyDrive/series", "USE_DRIVE": True}
+    machine.allows_drive = False
+    shown, error = _first_cell(machine, **project)
+    assert error.startswith(NOT_FOUND)
+    assert "allow Drive" in error
+    assert "\n" not in error
+    assert "Traceback" not in shown
+    machine.allows_drive = True
+    assert _first_cell(machine, **project)[1] is None
+    assert _copy(machine) == str(machine.content / "drive" / "MyDrive" / "mlflow_series")
+    # The project is here, and Drive is not any more.
+    (machine.content / "drive" / "MyDrive").unlink()
+    machine.allows_drive = False
+    _, error = _first_cell(machine, **project)
+    assert re.fullmatch(
+        r"ProjectError: Google Drive is not connected: credential .*\. Run this cell again .*"
+        r"\(USE_DRIVE off, .*",
+        error,
+    )
+    assert _first_cell(machine)[1] is None
+    assert _copy(machine) == "off"
+
+
+def _copy(machine):
+    return machine.run("print(os.environ['DRIVE_FOLDER'])")[0].strip()
+
+
+def test_machine_without_a_front_end_takes_drive_as_it_is_and_asks_nobody(machine, tmp_path):
+    _project(tmp_path / "drive" / "series", machine.content)
+    project = {"PROJECT": "MyDrive/series", "USE_DRIVE": True}
+    machine.front_end = BATCH
+    _, error = _first_cell(machine, **project)
+    assert error.startswith(NOT_FOUND)
+    _project(machine.content / "project", machine.content)
+    assert _first_cell(machine, USE_DRIVE=True)[1] is None
+    assert _copy(machine) == "off"
+    start = "from helpers.colab import safe_copy; from helpers.workspace import open_workspace\n"
+    start += "safe_copy.start(open_workspace(), {!r}, 'test')"
+    # In the cell, and in a program that it starts.
+    for folder in ("MyDrive/copy", str(machine.content / "drive" / "MyDrive" / "copy")):
+        _, error = machine.run(start.format(folder))
+        assert "Google Drive is not mounted" in error
+        assert "DRIVE_FOLDER to off" in error
+        program = f"import subprocess, sys; code = {start.format(folder)!r}\n"
+        program += "print(subprocess.run([sys.executable, '-c', code], capture_output=True))"
+        shown, _ = machine.run(program)
+        assert "Google Drive is not mounted" in shown
+    assert machine.requests == []
+    assert not (machine.content / "drive").exists()
+    # A terminal has Drive mounted, by a front end that can do no more.
+    machine.front_end = DRIVEMOUNT
+    place = str(machine.content / "drive")
+    assert machine.run(f"from google.colab import drive; drive.mount({place!r})")[1] is None
+    machine.front_end = BATCH
+    machine.run("del os.environ['DRIVE_FOLDER']")
+    assert _first_cell(machine, USE_DRIVE=True)[1] is None
+    assert _copy(machine) == f"{place}/MyDrive/mlflow_series"
+    # What the calling cell says about the copy holds in each notebook of a batch run.
+    machine.run("os.environ['DRIVE_FOLDER'] = 'off'")
+    assert _first_cell(machine, USE_DRIVE=True)[1] is None
+    assert _copy(machine) == "off"
+    assert [kind for kind, _, _ in machine.requests] == ["request_auth"]
+
+
+def test_front_end_that_never_answers_is_given_up(machine, tmp_path):
+    _project(machine.content / "project", machine.content)
+    assert _first_cell(machine)[1] is None
+    machine.front_end = frozenset({"nothing"})
+    machine.run(
+        "from helpers import colab, workspace; workspace.PATIENCE = 0.5\n"
+        "from google.colab import drive; mount = drive.mount\n"
+        "drive.mount = lambda place, timeout_ms: mount(place, timeout_ms=timeout_ms / 60)"
+    )
+    _, error = machine.run("colab.mount_drive()")
+    assert "Google Drive is not connected: mount failed" in error
+    assert "within 60 seconds" in error
+    assert [seconds < 2 for _, _, seconds in machine.requests] == [True, True]
 
 
 def test_workspace_in_drive_is_refused_with_the_way_out(tmp_path, monkeypatch):

@@ -4,67 +4,81 @@ import json
 import stat
 import sys
 import threading
-import types
+from pathlib import Path
 
 import pytest
 
 from helpers.server import credentials
-from helpers.server.credentials import AccessError, find_secret, password_of
+from helpers.server.credentials import AccessError, password_of
+from helpers.workspace import PROJECT_ROOT
+from tests.doubles.colab import BATCH, PAGE, VS_CODE, ColabMachine
 
 TOKEN = "2token0123456789abcdefghijk_secret"
 
 
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A kernel of Colab; what it runs can look secrets up."""
+    folder = tmp_path_factory.mktemp("colab")
+    secrets = {"NGROK_AUTHTOKEN": TOKEN, "NGROK_DOMAIN": None}
+    machine = ColabMachine(Path(sys.executable), folder / "disk", folder / "drive", secrets)
+    machine.run(f"import os, sys; sys.path.insert(0, {str(PROJECT_ROOT)!r})")
+    machine.run("from helpers import server, workspace; workspace.PATIENCE = 0.5")
+    machine.run("from helpers.server.credentials import find_secret")
+    yield machine
+    machine.vanish()
+
+
 @pytest.fixture
-def colab(monkeypatch):
-    """Make this a Colab runtime; ``colab(get)`` answers for ``userdata.get``."""
+def look_up(machine):
+    """Return what a cell finds under a name, and what it says besides."""
 
-    def make(get):
-        package, userdata = types.ModuleType("google.colab"), types.ModuleType("userdata")
-        userdata.SecretNotFoundError = type("SecretNotFoundError", (Exception,), {})
-        userdata.NotebookAccessError = type("NotebookAccessError", (Exception,), {})
-        userdata.TimeoutException = type("TimeoutException", (Exception,), {})
-        userdata.get = lambda name: get(userdata, name)
-        package.userdata = userdata
-        monkeypatch.setitem(sys.modules, "google.colab", package)
-        monkeypatch.setitem(sys.modules, "google.colab.userdata", userdata)
+    def run(name, front_end, **environment):
+        machine.front_end = front_end
+        machine.run(f"os.environ |= {environment}")
+        found, error = machine.run(f"print(find_secret({name!r}))")
+        machine.run(f"for name in {list(environment)}: del os.environ[name]")
+        machine.front_end = PAGE
+        assert error is None, error
+        *said, value = found.splitlines()
+        return value, "\n".join(said)
 
-    return make
-
-
-def failing(error):
-    """Return a ``get`` that raises the error of that name."""
-
-    def get(userdata, name):
-        raise getattr(userdata, error)(name)
-
-    return get
+    return run
 
 
-def test_colab_secret_wins_over_the_environment_but_not_in_a_batch_run(colab, monkeypatch):
-    monkeypatch.setenv("NGROK_AUTHTOKEN", " from the environment\n")
-    assert find_secret("NGROK_AUTHTOKEN") == "from the environment"
-    colab(lambda userdata, name: {"NGROK_AUTHTOKEN": TOKEN}[name])
-    assert find_secret("NGROK_AUTHTOKEN") == TOKEN
-    monkeypatch.setattr(credentials, "is_batch", lambda: True)
-    assert find_secret("NGROK_AUTHTOKEN") == "from the environment"
+def test_colab_secret_wins_over_the_environment(look_up):
+    given = {"NGROK_AUTHTOKEN": " from the environment\n"}
+    assert look_up("NGROK_AUTHTOKEN", PAGE, **given) == (TOKEN, "")
+    assert look_up("SCORING_PASSWORD", PAGE, SCORING_PASSWORD=" given ") == ("given", "")
+    assert look_up("SCORING_PASSWORD", PAGE) == ("None", "")
 
 
-@pytest.mark.parametrize("error", ["SecretNotFoundError", "TimeoutException"])
-def test_secret_that_colab_does_not_give_is_looked_for_in_the_environment(
-    colab, monkeypatch, error
-):
-    colab(failing(error))
-    assert find_secret("NGROK_AUTHTOKEN") is None
-    monkeypatch.setenv("NGROK_AUTHTOKEN", TOKEN)
-    assert find_secret("NGROK_AUTHTOKEN") == TOKEN
+@pytest.mark.parametrize(("front_end", "asked"), [(BATCH, []), (VS_CODE, [False])])
+def test_without_colabs_page_the_environment_has_the_secrets(machine, look_up, front_end, asked):
+    before = len(machine.requests)
+    given = {"NGROK_AUTHTOKEN": " from the environment\n"}
+    assert look_up("NGROK_AUTHTOKEN", front_end, **given) == ("from the environment", "")
+    # Whether somebody is there is asked for a moment, and only where somebody may be.
+    assert [answered for _, answered, _ in machine.requests[before:]] == asked
+    assert all(seconds < 1 for _, _, seconds in machine.requests[before:])
 
 
-def test_colab_secret_that_the_notebook_may_not_read_is_said(colab, capsys):
-    colab(failing("NotebookAccessError"))
-    assert find_secret("NGROK_AUTHTOKEN") is None
-    shown = capsys.readouterr().out
+def test_colab_secret_that_the_notebook_may_not_read_is_said(look_up):
+    value, said = look_up("NGROK_DOMAIN", PAGE, NGROK_DOMAIN="mine.ngrok.app")
+    assert value == "mine.ngrok.app"
+    assert "NGROK_DOMAIN" in said
+    assert "Notebook access" in said
+
+
+def test_secrets_are_handed_on_to_what_a_cell_starts_and_not_shown(machine):
+    shown, error = machine.run("server.hand_on_secrets()")
+    assert error is None, error
     assert "NGROK_AUTHTOKEN" in shown
-    assert "Notebook access" in shown
+    assert TOKEN not in shown
+    code = f"import os, sys; sys.exit(os.environ.get('NGROK_AUTHTOKEN') != {TOKEN!r})"
+    done = machine.run(f"import subprocess; subprocess.call([sys.executable, '-c', {code!r}])")
+    assert done == ("0\n", None)
+    machine.run("del os.environ['NGROK_AUTHTOKEN']")
 
 
 def test_nobody_is_asked_where_nobody_can_answer(capsys):
