@@ -36,6 +36,7 @@ from helpers.workspace import (
     ProjectError,
     Workspace,
     atomic_path,
+    in_colab,
     open_workspace,
 )
 
@@ -112,7 +113,9 @@ def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 
     from papermill.exceptions import PapermillException, PapermillExecutionError
 
     output = workspace.executed / f"{step.name}.ipynb"
-    bar = {"desc": step.name, "position": position, "disable": not sys.stderr.isatty()}
+    # In Colab a cell's command has a terminal, whose cursor the page does not move.
+    hidden = in_colab() or not sys.stderr.isatty()
+    bar = {"desc": step.name, "position": position, "disable": hidden}
     try:
         papermill.execute_notebook(
             step.path,

@@ -1,7 +1,8 @@
 """Measure the headless run of the series: time, and the largest memory of any process.
 
 ``python -m tests.benchmarks.headless_run [arguments of helpers.run]``: runs in a temporary
-workspace, by default on the bundled sample with the full grid.
+workspace, by default on the bundled sample with the full grid. With ``--colab`` first, the same
+also under Colab's kernel class, where no front end answers, with a copy in Drive.
 """
 
 import os
@@ -9,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import psutil
 
 from helpers.workspace import PROJECT_ROOT
+from tests.doubles import colab
 
 INTERVAL = 0.2  # seconds between two looks at the memory
 
@@ -25,13 +28,15 @@ def _memory(process):
         return "", 0
 
 
-def measure(arguments):
+def measure(arguments, environment=None):
     """Run the series and watch it.
 
     Parameters
     ----------
     arguments : list of str
         Of ``python -m helpers.run``.
+    environment : dict of str to str, optional
+        Default: this process's.
 
     Returns
     -------
@@ -45,6 +50,7 @@ def measure(arguments):
         process = subprocess.Popen(
             [sys.executable, "-m", "helpers.run", "--workspace", folder, *arguments],
             cwd=PROJECT_ROOT,
+            env=environment,
         )
         watched = psutil.Process(process.pid)
         while process.poll() is None:
@@ -60,10 +66,19 @@ def measure(arguments):
 
 def main():
     """Run the command line."""
-    seconds, peaks = measure(sys.argv[1:] or ["--data", "sample"])
+    in_colab, arguments = sys.argv[1:2] == ["--colab"], sys.argv[1:]
+    arguments = arguments[in_colab:] or ["--data", "sample"]
+    seconds, peaks = measure(arguments)
     print(f"\n{seconds:.1f} s on {os.cpu_count()} cores")
     for name, peak in sorted(peaks.items(), key=lambda item: -item[1])[:5]:
         print(f"{peak / 2**30:6.2f} GiB  {name[:90]}")
+    if in_colab:
+        with tempfile.TemporaryDirectory() as disk:
+            environment = colab.set_up(Path(sys.executable), Path(disk), Path(disk))
+            copy = ["-p", "DRIVE_FOLDER", f"{disk}/copy"]
+            there, _ = measure([*arguments, *copy], environment)
+            asked = Path(disk, colab.LOG).exists()
+        print(f"\n{there:.1f} s in Colab, {there / seconds:.2f} times; a front end asked: {asked}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -15,13 +16,16 @@ from helpers.colab import setup as colab
 from helpers.workspace import PROJECT_ROOT, WorkspaceError, open_workspace
 from tests.doubles.colab import (
     BATCH,
+    CONSTRAINTS,
     DRIVEMOUNT,
     UV,
     ColabMachine,
     make_runtime,
     read_constraints,
 )
+from tests.series import wait_for
 
+REQUIREMENTS = PROJECT_ROOT / "requirements.txt"
 NOTEBOOKS = {path.name[:2]: path for path in sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))}
 SMALL = {
     "01": {"DATA_SOURCE": "sample"},
@@ -307,9 +311,23 @@ def test_workspace_in_drive_is_refused_with_the_way_out(tmp_path, monkeypatch):
 # --- the series -------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def new_runtime(tmp_path_factory):
+    """The interpreter of a machine on which nothing was installed yet."""
+    return make_runtime(tmp_path_factory.mktemp("colab") / "runtime", REQUIREMENTS)
+
+
+@pytest.fixture(scope="module")
+def runtime(new_runtime):
+    """The interpreter of a machine that has all that it needs."""
+    install = [*UV, "pip", "install", "-q", "--python", new_runtime, "-r", REQUIREMENTS]
+    subprocess.run([*install, "--constraint", CONSTRAINTS], check=True)
+    return new_runtime
+
+
 @pytest.mark.slow
-def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path):
-    python = make_runtime(tmp_path / "runtime", PROJECT_ROOT / "requirements.txt")
+def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path, new_runtime):
+    python = new_runtime
     freeze = [python, "-m", "pip", "freeze", "--all"]
     before = subprocess.run(freeze, capture_output=True, text=True, check=True).stdout.split()
     drive, shown = tmp_path / "drive", []
@@ -340,3 +358,60 @@ def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path):
     assert "already" in shown[5]
     assert table.count("FINISHED") == 2
     assert not (drive / "mlflow_series" / "aside").exists()
+
+
+def _in_a_terminal(python, disk, drive, interrupt=None):
+    """Do on a new machine what the README says for google-colab-cli; return the machine, shown."""
+    machine = ColabMachine(python, disk, drive, {}, front_end=DRIVEMOUNT)
+    source = _project(disk / "repository", machine.content)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "c"]):
+        subprocess.run([*git, *command], cwd=source, check=True)
+    readme = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"colab exec .*<<'EOF'\n(.*?)EOF", readme, re.DOTALL)[1]
+    small = {name: value for values in SMALL.values() for name, value in values.items()}
+    changes = " ".join(f"-p {name} '{value}'" for name, value in small.items())
+    code = re.sub(r"https://github\S+", f"file://{source}", code).replace("--data sample", changes)
+    _, error = machine.run(
+        f"from google.colab import drive; drive.mount({str(machine.content / 'drive')!r})"
+    )
+    assert error is None, error
+    machine.front_end = BATCH
+    if interrupt:
+        threading.Thread(target=interrupt, args=(machine,)).start()
+    shown, error = machine.run(code)
+    assert error is None, error
+    return machine, shown
+
+
+@pytest.mark.slow
+def test_headless_series_goes_on_on_the_next_machine_and_asks_nobody(tmp_path, runtime):
+    drive = tmp_path / "drive"
+
+    def interrupt(machine):
+        search = machine.content / "project" / "workspace" / "search"
+        assert wait_for(lambda: len(list(search.rglob("output.pkl"))) > 1, 120)
+        machine.interrupt()
+
+    machine, shown = _in_a_terminal(runtime, tmp_path / "disk", drive, interrupt)
+    try:
+        assert "Interrupted. Go on with the same command and --resume." in shown
+        executed = machine.content / "project" / "workspace" / "executed"
+        assert "KeyboardInterrupt" in (executed / "03_svm_grid_search.ipynb").read_text()
+        asked = machine.requests
+    finally:
+        machine.vanish()
+    shutil.rmtree(tmp_path / "disk")
+    machine, shown = _in_a_terminal(runtime, tmp_path / "disk", drive)
+    try:
+        assert "Restored what was saved at" in shown
+        assert "01_data_preparation: skipped, done and unchanged" in shown
+        assert re.search(r"model_conv_network .* version 1\s", shown), shown
+        assert re.search(r"model_svm_rbf .* version 1\s", shown), shown
+        # Lines, no progress bars that overwrite each other.
+        assert "\x1b" not in shown
+        asked += machine.requests
+    finally:
+        machine.vanish()
+    # Of both machines' kernels, the one in which Drive was mounted asked for it, and no other.
+    assert [(kind, answered) for kind, answered, _ in asked] == [("request_auth", True)] * 2

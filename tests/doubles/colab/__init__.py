@@ -26,6 +26,7 @@ PYTHON = "3.13"
 UV = (sys.executable, "-m", "uv")
 HERE = Path(__file__).parent
 MARK = "COLAB_DOUBLE_DISK"  # variable in the environment of all that runs on a machine
+LOG, RIGHT = "requests.jsonl", "right"  # on its disk: what was asked, whether Drive is allowed
 CONSTRAINTS = HERE / "constraints.txt"
 
 
@@ -57,8 +58,8 @@ class ColabMachine:
         self.content.mkdir(parents=True)
         drive.mkdir(exist_ok=True)
         self.front_end, self.allows_drive = front_end, True
-        self._secrets, self._log, self._right = secrets, disk / "requests.jsonl", disk / "right"
-        self._environment = self._set_up(python, disk, drive)
+        self._secrets, self._log, self._right = secrets, disk / LOG, disk / RIGHT
+        self._environment = set_up(python, disk, drive)
         connection = disk / "kernel.json"
         write_connection_file(str(connection))
         # Now, as the kernel takes the file away for a moment when it writes it anew.
@@ -76,32 +77,6 @@ class ColabMachine:
         assert wait_for(lambda: _listens(port)), (disk / "kernel.log").read_text()
         self._client.start_channels()
         self._client.wait_for_ready(timeout=60)
-
-    def _set_up(self, python: Path, disk: Path, drive: Path) -> dict[str, str]:
-        """Make every kernel of the machine one of Colab's; return the environment."""
-        profile = disk / "ipython" / "profile_default"
-        profile.mkdir(parents=True)
-        (profile / "ipython_kernel_config.py").write_text(
-            'get_config().IPKernelApp.kernel_class = "google.colab._kernel.Kernel"\n'
-        )
-        spec = disk / "jupyter" / "kernels" / "python3" / "kernel.json"
-        spec.parent.mkdir(parents=True)
-        argv = [str(python), "-m", "colab_kernel_launcher", "-f", "{connection_file}"]
-        spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3"}))
-        kept = {"PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "LD_LIBRARY_PATH"}
-        return {
-            **{name: value for name, value in os.environ.items() if name in kept},
-            # As in Colab, "python" is the one with the packages.
-            "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": str(HERE / "packages"),
-            "IPYTHONDIR": str(disk / "ipython"),
-            "JUPYTER_PATH": str(disk / "jupyter"),
-            "COLAB_RELEASE_TAG": "release-colab-stand-in",
-            "COLAB_DOUBLE_DRIVE": str(drive),
-            "COLAB_DOUBLE_RIGHT": str(self._right),
-            "COLAB_DOUBLE_LOG": str(self._log),
-            MARK: str(disk),
-        }
 
     @property
     def requests(self):
@@ -186,6 +161,33 @@ class ColabMachine:
                 if process.environ().get(MARK) == self._environment[MARK]:
                     process.kill()
         self._kernel.wait(30)
+
+
+def set_up(python: Path, disk: Path, drive: Path) -> dict[str, str]:
+    """Make every kernel of the machine one of Colab's; return the environment of what it runs."""
+    profile = disk / "ipython" / "profile_default"
+    profile.mkdir(parents=True)
+    (profile / "ipython_kernel_config.py").write_text(
+        'get_config().IPKernelApp.kernel_class = "google.colab._kernel.Kernel"\n'
+    )
+    spec = disk / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    argv = [str(python), "-m", "colab_kernel_launcher", "-f", "{connection_file}"]
+    spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3"}))
+    kept = {"PATH", "HOME", "LANG", "PIP_INDEX_URL", "PIP_CONFIG_FILE", "LD_LIBRARY_PATH"}
+    return {
+        **{name: value for name, value in os.environ.items() if name in kept},
+        # As in Colab, "python" is the one with the packages.
+        "PATH": f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(HERE / "packages"),
+        "IPYTHONDIR": str(disk / "ipython"),
+        "JUPYTER_PATH": str(disk / "jupyter"),
+        "COLAB_RELEASE_TAG": "release-colab-stand-in",
+        "COLAB_DOUBLE_DRIVE": str(drive),
+        "COLAB_DOUBLE_RIGHT": str(disk / RIGHT),
+        "COLAB_DOUBLE_LOG": str(disk / LOG),
+        MARK: str(disk),
+    }
 
 
 def _listens(port: int) -> bool:
