@@ -12,8 +12,8 @@ from helpers.series import MODELS, STEPS
 from helpers.workspace import PROJECT_ROOT, MissingStepError, Workspace, atomic_path, file_digest
 
 HELPERS = PROJECT_ROOT / "helpers"
-# Whether the UI is public, and where the copy is: no result depends on that.
-NO_RESULT = ("EXPOSE_UI", "DRIVE_FOLDER")
+# Whether the UI is public, and where everything is: no result depends on that.
+NO_RESULT = ("EXPOSE_UI", "WORKSPACE", "DRIVE_FOLDER")
 
 
 # --- what a step depends on -------------------------------------------------------------------

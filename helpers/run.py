@@ -7,9 +7,7 @@ interrupt.
 """
 
 import argparse
-import difflib
 import importlib
-import json
 import os
 import signal
 import sys
@@ -26,74 +24,25 @@ import psutil
 from helpers import server
 from helpers.colab import safe_copy
 from helpers.display import STDERR
+from helpers.pages import write_pages
 from helpers.resume import Record, fingerprints, steps_to_run
 from helpers.series import MODELS, STEPS, Step
-from helpers.server import credentials
-from helpers.settings import check_parameters, declared_parameters, help_text
-from helpers.workspace import (
-    PROJECT_ROOT,
-    ParameterError,
-    ProjectError,
-    Workspace,
-    atomic_path,
-    in_colab,
-    open_workspace,
+from helpers.server import credentials, users
+from helpers.settings import (
+    check_parameters,
+    declared_parameters,
+    distribute,
+    help_text,
+    read_value,
 )
+from helpers.workspace import PROJECT_ROOT, ProjectError, Workspace, in_colab, open_workspace
 
 SUMMARY = ("accuracy", "f1_macro", "log_loss")
-# Nothing is fetched when it is read, and a wide table sticks out rather than being cut.
-PAGE = """{% extends 'index.html.j2' %}
-{% block html_head_js_requirejs %}{% endblock %}
-{% block html_head_js_mathjax %}{% endblock %}
-{% block html_head_js_mermaidjs %}{% endblock %}
-{% block html_head_css %}<style>
-.jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-output {overflow: visible}
-</style>{% endblock %}
-"""
 Report = Callable[[str], None]  # takes a line for the person who waits
 
 
 class NotebookFailedError(ProjectError):
     """A notebook of the series ended with an error."""
-
-
-# --- parameters -------------------------------------------------------------------------------
-
-
-def read_value(text: str):
-    """Read a value of the command line: JSON, True, False, None, or else a text."""
-    words = {"True": True, "False": False, "None": None}
-    if text in words:
-        return words[text]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def distribute(parameters: dict) -> dict[str, dict]:
-    """Check parameters and give each step those that its notebook declares, by its number.
-
-    Raises
-    ------
-    ParameterError
-        If no notebook has a parameter of that name, or its value cannot be used.
-    """
-    declared = declared_parameters()
-    for name in parameters:
-        if name not in declared:
-            close = difflib.get_close_matches(name.upper(), declared, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ParameterError(
-                f"No notebook has a parameter {name}.{hint} "
-                f"There are: {', '.join(sorted(declared))}."
-            )
-    check_parameters(**parameters)
-    by_step = {number: {} for number in STEPS}
-    for name, value in parameters.items():
-        for number in declared[name].notebooks:
-            by_step[number][name] = value
-    return by_step
 
 
 # --- running ----------------------------------------------------------------------------------
@@ -135,25 +84,6 @@ def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 
         raise NotebookFailedError(
             f"{place}: {what}\nThe notebook as far as it got: {output}"
         ) from error
-
-
-def write_pages(workspace: Workspace, numbers: list[str]) -> None:
-    """Write executed notebooks as HTML beside them, each one file that needs no other."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(raw_template=PAGE)
-    for number in numbers:
-        notebook = workspace.executed / f"{STEPS[number].name}.ipynb"
-        if not notebook.is_file():
-            continue  # it needs what failed
-        content = nbformat.read(notebook, nbformat.NO_CONVERT)
-        for cell in content.cells:
-            # Libraries' remarks go; what a reader must know is shown otherwise.
-            cell["outputs"] = [o for o in cell.get("outputs", []) if o.get("name") != "stderr"]
-        page, _ = exporter.from_notebook_node(content)
-        with atomic_path(notebook.with_suffix(".html")) as path:
-            path.write_text(page, encoding="utf-8")
 
 
 def _interrupt_kernels() -> None:
@@ -277,6 +207,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--html", action="store_true", help="write the executed notebooks as HTML, too"
     )
     options = parser.parse_args(arguments)
+    for name in ("workspace", "data", "only"):
+        if getattr(options, name) == "":
+            # Such as a variable of a CI that is not set.
+            parser.error(f"--{name}: the value is empty; give one, or leave --{name} out")
     only = options.only.split(",") if options.only else list(STEPS)
     for number in only:
         if number not in STEPS:
@@ -299,6 +233,27 @@ def _parameters(options: argparse.Namespace) -> dict:
     return parameters
 
 
+def _check_first(options: argparse.Namespace, parameters: dict) -> None:
+    """Refuse what would fail later, before anything is written or started.
+
+    Settings of the environment are read, and a table that is named as its notebook reads it.
+    """
+    users.users_of_environment()
+    users.is_open_to_all()
+    declared = declared_parameters()
+    names = ("DATA_SOURCE", "TARGET", "CATEGORICAL", "DROP", "TEST_SIZE")
+    given = {name: parameters.get(name, declared[name].default) for name in names}
+    source, target, categorical, drop, test_size = check_parameters(**given).values()
+    # What is resumed may be done and need its source no more; a local file costs nothing.
+    remote = source == "uci" or "://" in source
+    if "01" in options.only and source != "auto" and not (options.resume and remote):
+        # Only here: it takes pandas along.
+        from helpers import data
+
+        table = data.load_table(source, None, target, categorical, drop)
+        data.check_split(table, test_size)
+
+
 def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
 
@@ -306,8 +261,9 @@ def _run(options: argparse.Namespace) -> int:
         print(f"[{time.monotonic() - start:6.1f} s] {line}", flush=True)
 
     parameters = _parameters(options)
-    workspace = open_workspace(options.workspace or parameters.pop("WORKSPACE", None))
     by_step = distribute(parameters)
+    _check_first(options, parameters)
+    workspace = open_workspace(options.workspace or parameters.get("WORKSPACE"))
     save = safe_copy.start(workspace, parameters.get("DRIVE_FOLDER"), "helpers.run").save
     # Not before: on a new machine the file would be work that the copy does not have.
     _separate_kernel_messages(workspace)

@@ -6,11 +6,13 @@ says what a cell cannot. ``python -m helpers.settings`` writes the table into
 """
 
 import ast
+import difflib
 import json
 import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import cache
 
 from helpers.series import STEPS
@@ -26,6 +28,11 @@ KINDS = {
 }
 # As papermill reads a line of the cell; papermill itself takes seconds to import.
 LINE = re.compile(r"(?P<name>\w+): (?P<kind>\w+) = (?P<default>.*?)  # (?P<help>.+)")
+
+
+def _written(number: float | None) -> str | None:
+    """Return a number as people write it, such as 0.000001 and 4,294,967,295."""
+    return None if number is None else f"{Decimal(str(number)):,f}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Bounds:
             return f"one of {', '.join(map(repr, self.choices))}"
         if self.minimum is None:
             return ""
-        low, high = self.minimum, self.maximum
+        low, high = _written(self.minimum), _written(self.maximum)
         between = f"at least {low}" if high is None else f"between {low} and {high}"
         return between + "".join(f" and not {each}" for each in self.excluded)
 
@@ -196,6 +203,7 @@ def _checked(name: str, value):
     if parameter.kind == "list":
         value = as_list(value)
     require(_is_kind(value, parameter.kind), KINDS[parameter.kind][1])
+    require(not isinstance(value, str) or value.strip(), "a text that is not empty")
     if parameter.kind == "list" and str(bounds):
         with suppress(ValueError):
             value = [float(item) if isinstance(item, str) else item for item in value]
@@ -223,6 +231,42 @@ def check_parameters(**values) -> dict:
         If a value is of the wrong type or out of bounds; names the parameter.
     """
     return {name: _checked(name, value) for name, value in values.items()}
+
+
+def read_value(text: str):
+    """Read a value of the command line: JSON, True, False, None, or else a text."""
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def distribute(parameters: dict) -> dict[str, dict]:
+    """Check parameters and give each step those that its notebook declares, by its number.
+
+    Raises
+    ------
+    ParameterError
+        If no notebook has a parameter of that name, or its value cannot be used.
+    """
+    declared = declared_parameters()
+    for name in parameters:
+        if name not in declared:
+            close = difflib.get_close_matches(name.upper(), declared, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ParameterError(
+                f"No notebook has a parameter {name}.{hint} "
+                f"There are: {', '.join(sorted(declared))}."
+            )
+    check_parameters(**parameters)
+    by_step = {number: {} for number in STEPS}
+    for name, value in parameters.items():
+        for number in declared[name].notebooks:
+            by_step[number][name] = value
+    return by_step
 
 
 # --- showing ----------------------------------------------------------------------------------

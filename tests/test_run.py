@@ -9,17 +9,30 @@ from tests.series import run_notebook, run_series
     ("arguments", "message"),
     [
         (("-p", "SEDE", "1"), "Did you mean SEED?"),
-        (("-p", "SEED", "one"), "SEED must be a whole number"),
-        (("-p", "TEST_SIZE", "7"), "TEST_SIZE must be between 0.05 and 0.5"),
+        (("-p", "GAMMA_EXPONENTS", "[5000]"), "GAMMA_EXPONENTS must be a list of one or more"),
         (("--only", "09"), "there is no notebook '09'"),
+        (("--only", ""), "--only: the value is empty"),
+        (("--data", ""), "--data: the value is empty"),
+        (("--data", "nowhere.csv"), "There is no file nowhere.csv"),
+        (("--data", "{one_class}", "-p", "DROP", "b"), "has one class only"),
+        (("--data", "sample", "-p", "TARGET", "nope"), "sample has no column 'nope'"),
     ],
 )
 def test_wrong_command_line_is_refused_before_anything_is_made(tmp_path, arguments, message):
-    result = run_series(tmp_path / "ws", *arguments)
+    table = tmp_path / "table.csv"
+    table.write_text("a,b,Target\n" + "1,2,x\n" * 50, encoding="utf-8")
+    result = run_series(tmp_path / "ws", *(each.format(one_class=table) for each in arguments))
     assert result.returncode != 0
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (tmp_path / "ws" / "data" / "manifest.json").exists()
+    assert not (tmp_path / "ws").exists()
+
+
+def test_wrong_setting_of_the_environment_is_refused_before_anything_is_made(tmp_path):
+    result = run_series(tmp_path / "ws", UI_USERS="bob")
+    assert result.returncode == 1
+    assert "UI_USERS: 'bob' is no entry 'name:role'" in result.stderr
+    assert not (tmp_path / "ws").exists()
 
 
 def test_no_server_at_the_tracking_uri_is_said_before_training(tmp_path):
@@ -51,15 +64,14 @@ def test_promotion_without_trained_models_names_both_notebooks(tmp_path):
 
 @pytest.mark.slow
 def test_failing_notebook_is_named_with_cell_and_error_and_what_needs_it_is_not_run(tmp_path):
-    table = tmp_path / "table.csv"
-    table.write_text("a,b,Target\n" + "1,2,x\n" * 50, encoding="utf-8")
-    result = run_series(tmp_path / "ws", "--data", table, "--html")
+    # What `auto` finds is not looked at before.
+    result = run_series(tmp_path / "ws", "-p", "TARGET", "nope", "--html")
     assert result.returncode == 1
     assert "FAILED: 01_data_preparation, cell" in result.stderr
-    assert "one class only" in result.stderr
+    assert "has no column 'nope'" in result.stderr
     assert "02_cnn_training: not run" in result.stdout
     assert not list((tmp_path / "ws" / "data").iterdir())
     executed = tmp_path / "ws" / "executed" / "01_data_preparation"
     assert f"as far as it got: {executed}.ipynb" in result.stderr
-    assert "one class only" in executed.with_suffix(".html").read_text(encoding="utf-8")
+    assert "has no column 'nope'" in executed.with_suffix(".html").read_text(encoding="utf-8")
     assert not (executed.parent / "02_cnn_training.html").exists()

@@ -16,10 +16,10 @@ from helpers.workspace import ParameterError
 
 NAN = float("nan")
 WRONG = {
-    "WORKSPACE": [5, ["a"]],
+    "WORKSPACE": [5, ["a"], ""],
     "SEED": ["0", 0.5, -1, 2**32, True, None],
-    "DATA_SOURCE": [None, 3, ["a.csv"]],
-    "TARGET": [None, 1],
+    "DATA_SOURCE": [None, 3, ["a.csv"], ""],
+    "TARGET": [None, 1, ""],
     "CATEGORICAL": [5, "[broken", True],
     "DROP": [5, "[broken", {"a": 1}],
     "TEST_SIZE": ["0.3", 0, 1, 0.9, -0.1, None, True, NAN],
@@ -41,7 +41,7 @@ WRONG = {
     "MAX_LOSS": [-0.1, 1.1, "0", None, NAN],
     "ALLOW_REPLACE": ["yes", 1, None],
     "MIN_ROBUSTNESS": [-0.1, 1.1, "0", None, NAN],
-    "DRIVE_FOLDER": [1, ["MyDrive"], True],
+    "DRIVE_FOLDER": [1, ["MyDrive"], True, ""],
     "ATTACKED_ROWS": [-1, 0.5, "30", None],
     "REASON": [None, 5],
     "PROMOTED_BY": [5, ["me"]],
@@ -113,6 +113,13 @@ def test_table_in_the_readme_is_up_to_date():
     text = README.read_text(encoding="utf-8")
     assert with_table(text) == text, "python -m helpers.settings"
     assert "| `EPOCHS` | `30` | int | 02 | passes over" in text
+
+
+def test_bounds_are_written_as_people_write_numbers():
+    with pytest.raises(ParameterError, match="between 0 and 4,294,967,295 "):
+        check_parameters(SEED=-1)
+    assert str(BOUNDS["LEARNING_RATE"]) == "between 0.000001 and 1"
+    assert str(BOUNDS["C_EXPONENTS"]) == "between -60 and 60"
 
 
 def test_help_of_the_command_line_tells_all_about_a_parameter():

@@ -50,7 +50,7 @@ def _fetch(source: str) -> bytes:
 
 def load_table(
     source: str,
-    workspace: Workspace,
+    workspace: Workspace | None,
     target: str = "Target",
     categorical: Sequence[str] | None = None,
     drop: Sequence[str] | None = None,
@@ -63,7 +63,7 @@ def load_table(
         ``auto``: the copy prepared before in this workspace, else the UCI repository, else the
         bundled sample with a notice. ``uci``, ``sample``, or a path or URL of any CSV.
     workspace
-        Where a prepared copy may be.
+        Where a prepared copy may be; for ``auto`` only.
 
     Raises
     ------
