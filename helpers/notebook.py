@@ -3,7 +3,8 @@
 from helpers import server
 from helpers.colab import safe_copy
 from helpers.colab.safe_copy import NoCopy, SafeCopy
-from helpers.display import set_up
+from helpers.display import notice, set_up
+from helpers.locks import hold
 from helpers.settings import check_parameters, declared_parameters
 from helpers.workspace import Workspace, open_workspace
 
@@ -12,6 +13,8 @@ WITHOUT_SERVER = "01"  # the notebook that logs nothing
 
 def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoCopy]:
     """Check a notebook's parameters, open its workspace and start what goes on beside it.
+
+    One kernel at a time runs a step of a workspace: who comes second waits for the first to end.
 
     Parameters
     ----------
@@ -39,6 +42,7 @@ def open_notebook(name: str, namespace: dict) -> tuple[Workspace, SafeCopy | NoC
     set_up()
     workspace = open_workspace(checked.get("WORKSPACE"))
     print("Workspace:", workspace.root)
+    hold(workspace, [name[:2]], f"an open notebook, {name}", say=notice)
     copy = safe_copy.start(workspace, checked.get("DRIVE_FOLDER"), name)
     if not name.startswith(WITHOUT_SERVER):
         # It takes seconds to start: time in which the reader, or the notebook, goes on.

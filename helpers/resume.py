@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
 from IPython.core.inputtransformer2 import TransformerManager
 
 from helpers.series import MODELS, STEPS
@@ -90,8 +91,10 @@ class Record:
 
     def set(self, number: str, fingerprint: str | None) -> None:
         """Note that a step is done, or with None that it is not."""
-        state = self.read() | {number: fingerprint}
-        with atomic_path(self.path) as path:
+        self.workspace.locks.mkdir(exist_ok=True)
+        # Others may run other steps meanwhile.
+        with FileLock(self.workspace.locks / "state.lock"), atomic_path(self.path) as path:
+            state = self.read() | {number: fingerprint}
             path.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
     def reason_to_run(self, number: str, fingerprint: str) -> str | None:

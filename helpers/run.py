@@ -24,6 +24,7 @@ import psutil
 from helpers import server
 from helpers.colab import safe_copy
 from helpers.display import STDERR
+from helpers.locks import hold
 from helpers.pages import write_pages
 from helpers.resume import Record, fingerprints, steps_to_run
 from helpers.series import MODELS, STEPS, Step
@@ -158,12 +159,15 @@ def run_steps(
 # --- the end ----------------------------------------------------------------------------------
 
 
-def summarize(workspace: Workspace) -> str:
-    """Return a short table: what is trained, its metrics, and what is in Production."""
+def summarize(workspace: Workspace, done: set[str]) -> str:
+    """Return a short table: what is trained, its metrics, and what is in Production.
+
+    `done` are the steps that this run has done; a model of another step is an earlier run's.
+    """
     from helpers import registry, tracking
 
     uri = tracking.connect(workspace, keep=False)
-    heads = f"{'accuracy':>9}{'macro F1':>9}{'log loss':>9}  {'newest run':<34}in Production"
+    heads = f"{'accuracy':>9}{'macro F1':>9}{'log loss':>9}  {'newest run':<44}in Production"
     lines = [f"{'model':<20}{heads}"]
     for name, model in MODELS.items():
         run = tracking.latest_run(model.experiment, model.run_name)
@@ -173,7 +177,8 @@ def summarize(workspace: Workspace) -> str:
         shown = "".join(f"{run.data.metrics[key]:>9.4f}" for key in SUMMARY)
         version = registry.production_version(name)
         place = f"version {version.version}" if version else "–"
-        lines.append(f"{name:<20}{shown}  {run.info.run_id:<34}{place}")
+        title = run.info.run_id + ("" if model.step in done else " (earlier)")
+        lines.append(f"{name:<20}{shown}  {title:<44}{place}")
     team = os.environ.get("MLFLOW_TRACKING_URI")
     lines.append(f"Look at it: {uri if team else server.command_line(workspace)}")
     return "\n".join(lines)
@@ -202,6 +207,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="a parameter of the notebooks, from the list below; may be repeated",
     )
     parser.add_argument("--only", metavar="NN,NN", help="numbers of the notebooks to run")
+    parser.add_argument(
+        "--no-wait", action="store_true", help="end where somebody else runs one of the notebooks"
+    )
     parser.add_argument("--resume", action="store_true", help="skip what is done and unchanged")
     parser.add_argument(
         "--html", action="store_true", help="write the executed notebooks as HTML, too"
@@ -264,6 +272,7 @@ def _run(options: argparse.Namespace) -> int:
     by_step = distribute(parameters)
     _check_first(options, parameters)
     workspace = open_workspace(options.workspace or parameters.get("WORKSPACE"))
+    hold(workspace, options.only, "python -m helpers.run", not options.no_wait, report)
     save = safe_copy.start(workspace, parameters.get("DRIVE_FOLDER"), "helpers.run").save
     # Not before: on a new machine the file would be work that the copy does not have.
     _separate_kernel_messages(workspace)
@@ -278,13 +287,15 @@ def _run(options: argparse.Namespace) -> int:
     with _exposed_ui(workspace, expose, report) if with_models else nullcontext():
         try:
             failures = run_steps(numbers, by_step, digests, workspace, report, save)
+            state = Record(workspace).read()
+            done = {number for number in numbers if state.get(number) == digests[number]}
             if options.html:
                 write_pages(workspace, options.only)
         finally:
             # After an interrupt, too: what was finished until then, and which runs were not.
             save()
     if with_models:
-        print(f"\n{summarize(workspace)}", flush=True)
+        print(f"\n{summarize(workspace, done)}", flush=True)
     for failure in failures:
         print(f"\nFAILED: {failure}", file=sys.stderr, flush=True)
     return 1 if failures else 0
@@ -322,7 +333,9 @@ def _separate_kernel_messages(workspace: Workspace) -> None:
     TensorFlow and Jupyter write start-up remarks there that nobody can act on; this process
     keeps the terminal for progress and errors.
     """
-    log = (workspace.executed / "kernels.log").open("wb")
+    # Another run of other steps may write there, too.
+    log = (workspace.executed / "kernels.log").open("ab")
+    log.truncate(0)
     sys.stderr = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
     os.dup2(log.fileno(), STDERR)
 

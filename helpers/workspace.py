@@ -58,6 +58,7 @@ class Workspace:
         self.search = root / "search"  # finished parts of grid searches (notebook 03)
         self.batch = root / "batch"  # files to score, and scored (notebook 05)
         self.executed = root / "executed"  # notebooks executed by `python -m helpers.run`
+        self.locks = root / ".locks"  # of the steps: who runs each
         # The local MLflow server.
         self.tracking_db = root / "tracking.db"  # SQLite
         self.artifacts = root / "mlruns"

@@ -5,7 +5,7 @@ from helpers.resume import HELPERS, imported_modules
 FLOORS = (
     "workspace",
     "display series",
-    "pages",
+    "locks pages",
     "settings",
     "data server colab",
     "models",

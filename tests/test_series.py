@@ -303,6 +303,9 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_pat
     changed = run_series(elsewhere, *arguments, "--resume", "--only", "01,02", "-p", "EPOCHS", "2")
     assert "01_data_preparation: skipped, done and unchanged" in changed.stdout
     assert "02_cnn_training: runs, its notebook, helpers, parameters" in changed.stdout
+    # The summary tells the models of this run from those of another.
+    lines = {line.split()[0]: line for line in changed.stdout.splitlines() if "model_" in line}
+    assert ["(earlier)" in lines[name] for name in NAMES] == [False, True]
 
 
 @pytest.mark.slow

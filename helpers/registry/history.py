@@ -73,7 +73,8 @@ def history(name: str | None = None) -> pd.DataFrame:
         order_by=["attributes.start_time DESC"],
     )
     table = runs.reindex(columns=list(COLUMNS.values())).set_axis(list(COLUMNS), axis=1)
-    return table.assign(from_version=table["from_version"].replace({NONE: None}))
+    when = pd.to_datetime(table["when"], utc=True).dt.floor("s")
+    return table.assign(when=when, from_version=table["from_version"].replace({NONE: None}))
 
 
 def production_line(name: str) -> list[str]:
