@@ -156,7 +156,7 @@ def test_run_of_another_machine_is_left_alone(tracking_server):
     experiment = runs.open_experiment("endings")
     tags = {"process.host": "elsewhere", "process.pid": "1", "process.created": "0"}
     run = mlflow.MlflowClient().create_run(experiment, tags=tags)
-    runs.close_abandoned_runs()
+    tracking.connect(tracking_server.workspace, keep=False)
     assert status(run) == "RUNNING"
     mlflow.MlflowClient().set_terminated(run.info.run_id)
 

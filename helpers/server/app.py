@@ -11,6 +11,7 @@ import warnings
 
 from helpers.server import credentials, processes, store
 from helpers.server.gate import Gate
+from helpers.server.mlflow_server import service
 from helpers.workspace import Workspace, open_workspace
 
 
@@ -101,11 +102,24 @@ def create_app(workspace: Workspace, port: int) -> Gate:
     return Gate(app, accounts, workspace, port)
 
 
+def _close_runs(workspace: Workspace) -> None:
+    """Close the runs of batch runs that were killed, past the server, which is ending."""
+    from mlflow import MlflowClient
+
+    store.close_abandoned_runs(MlflowClient(f"sqlite:///{workspace.tracking_db.as_posix()}"))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the server in this process until it is ended."""
     options = processes.argument_parser("helpers.server.app", main.__doc__).parse_args(arguments)
     warnings.simplefilter("ignore")
-    processes.serve(create_app(open_workspace(options.workspace), options.port), options)
+    workspace = open_workspace(options.workspace)
+    processes.serve(
+        create_app(workspace, options.port),
+        options,
+        service(workspace),
+        lambda: _close_runs(workspace),
+    )
     return 0
 
 

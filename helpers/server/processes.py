@@ -1,9 +1,9 @@
 """Background processes of a workspace: found or started on demand, stopped when not needed.
 
 A process belongs to whoever uses it. Every program that uses it holds a lease; one that batch
-runs started stops when the last lease is given back, one that a person started from a notebook
-goes on until it is stopped. The MLflow server (`helpers.server`) and the scoring server
-(`helpers.serving`) are such processes.
+runs started stops when the last lease is given back, or soon after its holder was killed; one that
+a person started from a notebook goes on until it is stopped. The MLflow server (`helpers.server`)
+and the scoring server (`helpers.serving`) are such processes.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,6 +30,10 @@ from helpers.workspace import PROJECT_ROOT, ProjectError, is_interactive
 
 STATE = "state.json"  # file in the folder of a service: its process
 START_TIMEOUT = 180  # seconds; a start takes about 10 on two cores
+LOOK_EVERY = 5  # seconds, for whether anybody is left
+
+
+_kept = []  # locks that this process holds to its end
 
 
 class ServerError(ProjectError):
@@ -161,6 +166,21 @@ class Service:
         with self._lock():
             return self._stop()
 
+    def wait_until_abandoned(self) -> None:
+        """In the server's own process: wait until batch runs started it and none of them is left.
+
+        From then on nobody finds it, and who wants one waits until this process is gone.
+        """
+        while True:
+            time.sleep(LOOK_EVERY)
+            with self._lock() as lock:
+                process = read_state(self.folder)
+                if process is not None and not process.keep and not self._is_leased():
+                    (self.folder / STATE).unlink()
+                    lock.acquire()  # once more: it goes with the process
+                    _kept.append(lock)
+                    return
+
     def _release(self) -> None:
         """Give this process's lease back; the last one stops a server that batch runs started."""
         if not self.folder.is_dir():
@@ -273,16 +293,27 @@ def argument_parser(module: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def serve(app, options: argparse.Namespace) -> None:
-    """Serve an ASGI application in this process until it is ended.
+def serve(
+    app, options: argparse.Namespace, service: Service, on_end: Callable[[], None] = bool
+) -> None:
+    """Serve an ASGI application in this process until it is ended, or abandoned.
 
     Parameters
     ----------
     app : callable
     options : argparse.Namespace
         From `argument_parser`.
+    service : Service
+        What this is the process of.
+    on_end : callable
+        Called before it ends.
     """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None):
+            on_end()
+            await super().shutdown(sockets)
 
     config = uvicorn.Config(
         app,
@@ -297,4 +328,11 @@ def serve(app, options: argparse.Namespace) -> None:
         timeout_graceful_shutdown=3,
     )
     sockets = None if options.fd is None else [socket.socket(fileno=options.fd)]
-    uvicorn.Server(config).run(sockets=sockets)
+    server = Server(config)
+
+    def end_when_abandoned():
+        service.wait_until_abandoned()
+        server.should_exit = True
+
+    threading.Thread(target=end_when_abandoned, daemon=True).start()
+    server.run(sockets=sockets)

@@ -5,11 +5,13 @@ leave a file that no MLflow opens again. So these steps happen in a file beside 
 """
 
 import shutil
+import socket
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from helpers.server.processes import is_running
 from helpers.workspace import ProjectError, atomic_path
 
 
@@ -54,6 +56,21 @@ def prepare(path: Path) -> None:
         shutil.copy2(path, temporary)
         _change(temporary, utils._upgrade_db)
         shutil.copy2(path, path.with_name(f"{path.name}.{version}"))
+
+
+def close_abandoned_runs(client) -> None:
+    """Mark runs as KILLED whose process on this machine is gone.
+
+    Parameters
+    ----------
+    client : mlflow.MlflowClient
+    """
+    every = [experiment.experiment_id for experiment in client.search_experiments()]
+    here = f"tags.`process.host` = '{socket.gethostname()}'"
+    for run in client.search_runs(every, f"attributes.status = 'RUNNING' and {here}"):
+        tags = run.data.tags
+        if not is_running(int(tags["process.pid"]), float(tags["process.created"])):
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def _known_versions() -> set[str]:

@@ -36,6 +36,7 @@ from helpers.server import credentials, processes
 from helpers.server.http import LOCAL_HOSTS, MOST_BYTES, basic_credentials, read_body
 from helpers.serving.inputs import parse
 from helpers.serving.models import LoadedModel, Models
+from helpers.serving.process import service
 from helpers.serving.scored_rows import Recorder
 from helpers.workspace import open_workspace
 
@@ -208,7 +209,7 @@ def main() -> None:
         credentials.find_secret(credentials.SCORING_PASSWORD),
         LOCAL_HOSTS if options.host in LOCAL_HOSTS else None,
     )
-    processes.serve(application.starlette(), options)
+    processes.serve(application.starlette(), options, service(workspace))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from mlflow.entities import Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from helpers import server
-from helpers.server import credentials, processes
+from helpers.server import credentials, store
 from helpers.workspace import Workspace, in_colab
 
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
@@ -57,7 +57,7 @@ def connect(workspace: Workspace, keep: bool | None = None) -> str:
         del os.environ[USER], os.environ[PASSWORD]
     _own["series"] = workspace.id
     _quiet()
-    close_abandoned_runs()
+    store.close_abandoned_runs(mlflow.MlflowClient())
     return uri
 
 
@@ -175,20 +175,6 @@ def start_run(
         except KeyboardInterrupt:
             mlflow.end_run("KILLED")
             raise
-
-
-def close_abandoned_runs() -> None:
-    """Mark runs as KILLED whose process on this machine is gone."""
-    here = _with_tags({"process.host": socket.gethostname()})
-    running = mlflow.search_runs(
-        search_all_experiments=True,
-        filter_string=f"attributes.status = 'RUNNING' and {here}",
-        output_format="list",
-    )
-    for run in running:
-        tags = run.data.tags
-        if not processes.is_running(int(tags["process.pid"]), float(tags["process.created"])):
-            mlflow.MlflowClient().set_terminated(run.info.run_id, "KILLED")
 
 
 # --- finding and keeping ----------------------------------------------------------------------

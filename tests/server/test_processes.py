@@ -2,11 +2,13 @@
 
 import os
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import textwrap
 import threading
+from contextlib import closing
 
 import psutil
 import pytest
@@ -201,3 +203,32 @@ def test_server_that_a_person_started_goes_on_after_the_process(own_workspace):
     assert processes.is_running(pid, created)
     assert server.stop_server(own_workspace)
     assert wait_for(lambda: not processes.is_running(pid, created))
+
+
+TRAINING = """
+    import sys, time
+    from helpers import tracking
+    from helpers.workspace import open_workspace
+    tracking.connect(open_workspace(sys.argv[1]), keep=False)
+    with tracking.start_run("endings", "cut off"):
+        print("running", flush=True)
+        time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_server_of_a_killed_batch_run_closes_its_runs_and_ends(own_workspace):
+    batch = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(TRAINING), str(own_workspace.root)],
+        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line == "running\n" for line in batch.stdout)
+    left = processes.read_state(own_workspace.server)
+    batch.kill()
+    batch.communicate()
+    assert wait_for(lambda: not left.alive, seconds=30)
+    assert processes.read_state(own_workspace.server) is None
+    with closing(sqlite3.connect(own_workspace.tracking_db)) as connection:
+        assert connection.execute("SELECT status FROM runs").fetchall() == [("KILLED",)]
