@@ -3,9 +3,10 @@
 import html
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ COLOURS = {"info": "#0173b2", "good": "#029e73", "warning": "#de8f05", "bad": "#
 
 
 def set_up() -> None:
-    """Have tables show texts in full and pictures appear below their cell.
+    """Have tables show texts in full, pictures below their cell, and one line after an interrupt.
 
     Texts from outside stay as they are: nothing between two dollar signs becomes a formula.
     """
@@ -28,6 +29,20 @@ def set_up() -> None:
         from IPython import get_ipython
 
         get_ipython().run_line_magic("matplotlib", "inline")
+        get_ipython().set_custom_exc((KeyboardInterrupt,), _show_interrupt)
+
+
+def _show_interrupt(shell, kind, error, trace, tb_offset=None) -> None:
+    """Show how to go on after an interrupt in place of its traceback; close what bars are open."""
+    for bar in list(_open_bars):
+        # Where no `with` closes it, as in Keras' callbacks.
+        bar.__exit__(kind, error, trace)
+    advice = getattr(error, "advice", "run the cell again")
+    error._render_traceback_ = lambda: [f"Interrupted: {advice}."]
+    shell.showtraceback((kind, error, trace))
+
+
+_open_bars = WeakSet()
 
 
 class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
@@ -43,17 +58,38 @@ class progress(tqdm):  # noqa: N801 - used like a function, as tqdm itself
         What is being done.
     unit
         What a step is.
+    advice
+        What to do if the cell is interrupted meanwhile; default: run it again.
     **options
         Of `tqdm.tqdm`.
     """
 
-    def __init__(self, total: int, desc: str, unit: str = "it", **options):
-        self._handle, self._shown = None, kernel() is not None
+    def __init__(
+        self,
+        total: int,
+        desc: str,
+        unit: str = "it",
+        advice: Callable[[], str] | None = None,
+        **options,
+    ):
+        self._handle, self._shown, self._advice = None, kernel() is not None, advice
         if self._shown:
             # What moves a terminal's cursor is for nobody.
             options |= {"file": io.StringIO(), "ascii": False}
         shape = {"total": total, "desc": desc, "unit": unit, "ncols": 90, "mininterval": 0.5}
         super().__init__(**shape, **options)
+        _open_bars.add(self)
+
+    def __exit__(self, kind, error, trace):
+        """Close the bar; an interrupt takes the advice along."""
+        if isinstance(error, KeyboardInterrupt) and self._advice:
+            error.advice = self._advice()
+        super().__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        _open_bars.discard(self)
+        super().close()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Show the line as it is now."""

@@ -63,9 +63,9 @@ def execute(step: Step, parameters: dict, workspace: Workspace, position: int = 
     from papermill.exceptions import PapermillException, PapermillExecutionError
 
     output = workspace.executed / f"{step.name}.ipynb"
-    # In Colab a cell's command has a terminal, whose cursor the page does not move.
-    hidden = in_colab() or not sys.stderr.isatty()
-    bar = {"desc": step.name, "position": position, "disable": hidden}
+    # A cell with "!python -m helpers.run" has a terminal, too, but one without a cursor.
+    in_cell = in_colab() or "JPY_PARENT_PID" in os.environ
+    bar = {"desc": step.name, "position": position, "disable": in_cell or not sys.stderr.isatty()}
     try:
         papermill.execute_notebook(
             step.path,

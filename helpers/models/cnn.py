@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import signal
+import threading
 import time
 
 # Read by TensorFlow when it starts: no start-up remarks, and sums in one order whatever the
@@ -64,15 +66,23 @@ def epochs_for(n_rows: int, epochs: int, batch_size: int) -> int:
 
 
 class Progress(keras.callbacks.Callback):
-    """A bar of one line with the losses."""
+    """A bar of one line with the losses; with `backup`, an interrupt says where it goes on."""
 
-    def __init__(self, epochs: int):
+    def __init__(self, epochs: int, backup: keras.callbacks.BackupAndRestore | None = None):
         super().__init__()
-        self._epochs = epochs
+        self._epochs, self._backup = epochs, backup
 
     def on_train_begin(self, logs=None):
         """Show the bar."""
-        self._bar = progress(self._epochs, "Training", "epoch")
+        advice = self._advice if self._backup else None
+        self._bar = progress(self._epochs, "Training", "epoch", advice)
+
+    def _advice(self) -> str:
+        saved = Path(self._backup.backup_dir, "training_metadata.json")
+        if not saved.is_file():
+            return "nothing is kept yet; run the notebook again from 'The network' on"
+        epoch = json.loads(saved.read_text(encoding="utf-8"))["epoch"]
+        return f"run the cell again, it goes on after epoch {epoch}"
 
     def on_epoch_end(self, epoch, logs=None):
         """Show the losses; after an interrupted training the first epoch is a later one."""
@@ -84,6 +94,28 @@ class Progress(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         """Leave the bar as it is."""
         self._bar.close()
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """Keras' own, whose backups no interrupt cuts in two: the optimizer's half would be lost."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Save every so often; an interrupt meanwhile comes after it."""
+        if threading.current_thread() is not threading.main_thread():
+            super().on_train_batch_end(batch, logs)
+            return
+        came = []
+        before = {
+            number: signal.signal(number, lambda number, frame: came.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            super().on_train_batch_end(batch, logs)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 class LogToMlflow(keras.callbacks.Callback):

@@ -240,8 +240,18 @@ class KernelGridSearch(GridSearchCV):
                         yield delayed(_solve)(place, Cs, distances, labels, svc, self.scorer_)
 
         parallel = Parallel(self.n_jobs, prefer="threads", return_as="generator_unordered")
-        with progress(len(pairs) * len(splits), "Grid search", "fit") as bar:
-            bar.update(sum(map(len, done.values())))
+        total, known = len(pairs) * len(splits), sum(map(len, done.values()))
+        if not todo:
+            print(f"Grid search: all {total:,} fits are there from an earlier search.")
+        left = "run the cell again, it goes on after {:,} of {:,} fits"
+        with progress(
+            total,
+            "Grid search",
+            "fit",
+            lambda: left.format(bar.n, total),
+            initial=known,
+            disable=not todo,
+        ) as bar:
             for place, cells in parallel(tasks()):
                 done[place] = kept(key, place, parts[place[1]], cells)
                 bar.update(len(cells))

@@ -78,7 +78,13 @@ def score_csv(
     with (
         CsvChunks(source, chunk_rows, texts) as chunks,
         client.session() as session,
-        progress(status.st_size, source.name, "B", unit_scale=True) as bar,
+        progress(
+            status.st_size,
+            source.name,
+            "B",
+            lambda: f"run the cell again, it goes on after {total:,} rows",
+            unit_scale=True,
+        ) as bar,
     ):
         for chunk in chunks:
             parts.append(folder / f"{key}-{len(parts):06d}.parquet")

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import mlflow
 import numpy as np
 import pytest
 
-from helpers import tracking
+from helpers import display, tracking
 from helpers.models import cnn
 from helpers.workspace import ParameterError
 from tests.cells import train_network
@@ -91,10 +92,6 @@ def test_network_larger_than_memory_is_refused_by_name():
         cnn.check_memory(200, 3, 10**7, 9, 64)
 
 
-class _PulledPlugError(Exception):
-    """Stands for a machine that disappears."""
-
-
 def test_interrupted_training_goes_on_but_only_with_the_same_settings(
     small_split, workspace, tracking_server, monkeypatch
 ):
@@ -102,11 +99,14 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
         def on_epoch_end(self, epoch, logs=None):
             super().on_epoch_end(epoch, logs)
             if epoch == 40:
-                raise _PulledPlugError
+                raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(_PulledPlugError):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr(cnn, "LogToMlflow", Pulled)
         train_network(small_split, workspace, **LONGER)
+    # As in a kernel.
+    shell = SimpleNamespace(showtraceback=lambda error: None)
+    display._show_interrupt(shell, KeyboardInterrupt, caught.value, None)
     first = {}
     for seed in (1, 0):
         made = train_network(small_split, workspace, **LONGER, SEED=seed)
@@ -115,6 +115,7 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
         assert losses[-1].step == made.epochs
     assert first[1] == 1
     assert 20 < first[0] <= 41
+    assert caught.value.advice == f"run the cell again, it goes on after epoch {first[0] - 1}"
     other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
     one, two = (
         cnn.backup_folder(workspace.training, split, made.network, seed=0)

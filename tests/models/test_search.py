@@ -236,7 +236,7 @@ def test_finished_parts_are_read_unless_something_changed(tmp_path, solved, chan
 
 
 def test_an_interrupted_search_goes_on_and_a_damaged_part_is_computed_again(
-    tmp_path, monkeypatch, solved
+    tmp_path, monkeypatch, solved, capsys
 ):
     X, y = make_data(rows=90)
     counted = search_module._solve
@@ -248,11 +248,16 @@ def test_an_interrupted_search_goes_on_and_a_damaged_part_is_computed_again(
 
     monkeypatch.setattr(search_module, "_solve", interrupt)
     search = KernelGridSearch(scaled_svm(), GRID, cv=2, memory=tmp_path)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         search.fit(X, y)
+    fits = len(GRID["svc__C"])  # in a part
+    assert caught.value.advice.endswith(f"it goes on after {4 * fits} of {6 * fits} fits")
     monkeypatch.setattr(search_module, "_solve", counted)
     search.fit(X, y)
     assert len(solved) == len(set(solved)) == 6
+    assert "from an earlier search" not in capsys.readouterr().out
+    search.fit(X, y)
+    assert f"all {6 * fits} fits are there from an earlier search" in capsys.readouterr().out
     next(tmp_path.rglob("output.pkl")).write_bytes(b"damaged")
     again = KernelGridSearch(scaled_svm(), GRID, cv=2, memory=tmp_path).fit(X, y)
     assert len(solved) == 7
