@@ -4,6 +4,7 @@ import http.server
 import os
 import re
 import socket
+import subprocess
 import threading
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import requests
 from pyngrok import conf, ngrok
 from pyngrok.exception import PyngrokNgrokError, PyngrokNgrokHTTPError
 
-from tests.doubles.ngrok import paid_account
+from tests.doubles.ngrok import free_account, paid_account
 from tests.series import wait_for
 
 BROWSER = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/130.0 Safari/537.36"
@@ -121,13 +122,21 @@ def url(make_config, upstream):
 
 
 def test_agents_of_an_account_get_what_its_plan_allows(cloud, make_config, upstream):
-    free = make_config()
-    assert connect(free, upstream.server_port) == cloud.account.url
-    with pytest.raises(PyngrokNgrokError, match="ERR_NGROK_108"):
-        ngrok.get_ngrok_process(make_config())
-    # A killed agent frees its session at once.
-    ngrok.kill(free)
-    assert connect(make_config(), upstream.server_port) == cloud.account.url
+    free = [make_config() for _ in range(4)]
+    assert connect(free[0], upstream.server_port) == cloud.account.url
+    for config in free[1:3]:  # three agents, but only one address
+        with pytest.raises(PyngrokNgrokHTTPError, match="ERR_NGROK_334"):
+            connect(config, upstream.server_port)
+    with pytest.raises(PyngrokNgrokError, match="limited to 3 .*ERR_NGROK_108"):
+        ngrok.get_ngrok_process(free[3])
+    # A killed agent frees its session and its address at once.
+    ngrok.kill(free[0])
+    assert connect(free[3], upstream.server_port) == cloud.account.url
+
+    old = cloud.add_account(free_account(agents=1)).token
+    ngrok.get_ngrok_process(make_config(old))
+    with pytest.raises(PyngrokNgrokError, match="limited to 1 .*ERR_NGROK_108"):
+        ngrok.get_ngrok_process(make_config(old))
 
     token = cloud.add_account(paid_account("models.example.com")).token
     first, second = make_config(token), make_config(token)
@@ -153,11 +162,40 @@ def test_tokens_that_start_no_agent(make_config, capfd, token, code):
 def test_addresses_that_are_refused(make_config, cloud):
     config = make_config()
     connect(config, 9)
-    for address, code in ((cloud.account.url, "334"), ("https://other.ngrok.app", "319")):
+    addresses = {cloud.account.url: "334", "https://other.ngrok.app": "319"}
+    for address, code in {**addresses, "https://models.example.com": "314"}.items():
         with pytest.raises(PyngrokNgrokHTTPError) as error:
             connect(config, 9, url=address)
         assert error.value.status_code == 502
         assert f"ERR_NGROK_{code}" in error.value.body
+
+
+def test_agent_without_a_network_never_ends_and_says_that_it_is_not_ready(make_config, tmp_path):
+    config = make_config()
+    command = [config.ngrok_path, "start", "--none", "--log", "stdout"]
+    (tmp_path / "ngrok.yml").write_text("agent:\n    authtoken: x\n", encoding="utf-8")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nowhere = f"127.0.0.1:{closed.getsockname()[1]}"
+        agent = subprocess.Popen(
+            [*command, "--config", str(tmp_path / "ngrok.yml")],
+            env={**os.environ, "NGROK_DOUBLE_CLOUD": nowhere},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            lines = [agent.stdout.readline() for _ in range(3)]
+            assert agent.poll() is None
+            (address,) = re.findall(r"addr=([\d.:]+)", lines[0])
+            assert all("lvl=eror" in line and "refused" in line for line in lines[1:])
+            asking = {"name": "a", "upstream": {"url": "http://localhost:9"}}
+            early = requests.post(f"http://{address}/api/endpoints", json=asking)
+            assert (early.status_code, early.json()["error_code"]) == (503, 104)
+            unknown = requests.get(f"http://{address}/api/tunnels")
+            assert (unknown.status_code, "error_code" in unknown.json()) == (404, False)
+        finally:
+            agent.kill()
+            agent.communicate()
 
 
 # --- the edge -----------------------------------------------------------------------------------

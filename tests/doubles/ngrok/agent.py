@@ -57,12 +57,24 @@ def read_token(path: Path) -> str:
 
 
 class Agent:
-    """The session with the cloud, and the endpoints that belong to it."""
+    """The session with the cloud, once there is one, and the endpoints that belong to it."""
 
-    def __init__(self, token: str):
+    def __init__(self):
         self.endpoints = []
-        self._session, answer = self._ask(token=token)
-        self._number = answer["session"]
+        self.connected = False
+
+    def connect(self, token: str) -> None:
+        """Open the session; without a network try for ever, at ever longer intervals."""
+        pause = 0.25
+        while not self.connected:
+            try:
+                self._session, answer = self._ask(token=token)
+            except OSError as error:
+                log("eror", "failed to reconnect session", obj="csess", err=f"dial tcp: {error}")
+                time.sleep(pause)
+                pause = min(2 * pause, 30)
+            else:
+                self._number, self.connected = answer["session"], True
 
     @staticmethod
     def _ask(**message):
@@ -102,10 +114,19 @@ class Api(BaseHTTPRequestHandler):
         if self.path == "/api/endpoints":
             self._answer(200, {"endpoints": self.agent.endpoints, "uri": self.path})
         else:
-            self._answer(404, {"error_code": 100, "status_code": 404, "msg": "resource not found"})
+            self._not_found()
 
     def do_POST(self):
         sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/api/endpoints":
+            self._not_found()
+            return
+        if not self.agent.connected:
+            message = "ngrok is not yet ready to start tunnels"
+            why = {"err": "a successful ngrok tunnel session has not yet been established"}
+            answer = {"error_code": 104, "status_code": 503, "msg": message, "details": why}
+            self._answer(503, answer)
+            return
         upstream = sent["upstream"]["url"]
         try:
             endpoint = self.agent.start_endpoint(sent["name"], sent.get("url", ""), upstream)
@@ -115,6 +136,10 @@ class Api(BaseHTTPRequestHandler):
             log("warn", message, **details)
             answer = {"error_code": 103, "status_code": 502, "msg": message, "details": details}
             self._answer(502, answer)
+
+    def _not_found(self) -> None:
+        details = {"path": self.path}
+        self._answer(404, {"status_code": 404, "msg": "Not Found", "details": details})
 
     def _answer(self, status: int, body: dict) -> None:
         log("info", "end", pg=self.path, status=status)
@@ -150,15 +175,16 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--authtoken")
     options = parser.parse_args()
+    agent = Agent()
+    start_web(agent)
     try:
-        agent = Agent(options.authtoken or read_token(options.config))
+        agent.connect(options.authtoken or read_token(options.config))
     except RefusedError as error:
         message = f"authentication failed: {error}"
         log("eror", "failed to reconnect session", obj="tunnels.session", err=message)
         log("crit", "command failed", err=message)
         print_errors(message)
         return 1
-    start_web(agent)
     log("info", "client session established", obj="tunnels.session")
     log("info", "tunnel session started", obj="tunnels.session")
     agent.wait()
