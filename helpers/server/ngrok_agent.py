@@ -4,8 +4,9 @@ import atexit
 import json
 import logging
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -14,12 +15,15 @@ import psutil
 import requests
 from filelock import FileLock
 from pyngrok import conf, installer, ngrok, process
+from pyngrok.log import NgrokLog
 
 from helpers.display import silenced_libraries
 from helpers.server import processes, users
 from helpers.server.http import local_session
 from helpers.server.private_files import private, private_lock, write_private
 from helpers.workspace import Workspace
+
+PATIENCE = 12  # seconds for the agent to get through to ngrok
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,12 @@ def forget_dead_tunnel(workspace: Workspace) -> None:
 # --- the agent --------------------------------------------------------------------------------
 
 
-def _configuration(config_path: str | None = None) -> conf.PyngrokConfig:
+def _configuration(config_path: str | None = None, **options) -> conf.PyngrokConfig:
     configuration = conf.PyngrokConfig(
         config_path=config_path,
         # An interrupt of the notebook must not end the tunnel.
         start_new_session=True,
+        **options,
     )
     # pyngrok would pass the token of the environment on in the agent's command line, which
     # everyone on the machine can read; the agent finds it in its configuration file.
@@ -162,12 +167,34 @@ def token_set(token: str, domain: str | None, port: int) -> Iterator[conf.Pyngro
         with open(path, "w", encoding="utf-8", opener=private):
             pass
         installer.install_default_config(str(path), content)
-        configuration = _configuration(str(path))
+        giving_up = threading.Timer(PATIENCE, _end_agent, [str(path)])
+
+        def watch(log: NgrokLog) -> None:
+            if "tunnel session started" in log.line:
+                giving_up.cancel()
+
+        configuration = _configuration(str(path), log_event_callback=watch)
+        # A slow download is no agent that does not get through.
+        ngrok.install_ngrok(configuration)
         conf.set_default(configuration)
+        giving_up.start()
         try:
             yield configuration
         finally:
+            giving_up.cancel()
             conf.set_default(before)
+
+
+def _end_agent(config_path: str) -> None:
+    """End an agent that never gets through.
+
+    Without a network it retries for ever, and pyngrok waits for each line of its log, however
+    long that takes.
+    """
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if config_path in child.cmdline():
+                child.kill()
 
 
 def tunnel_of(configuration: conf.PyngrokConfig, url: str, port: int) -> Tunnel | None:

@@ -15,6 +15,12 @@ WHERE_TO_GET_A_TOKEN = (
     f"variable {NGROK_TOKEN}. Then run this cell again."
 )
 
+WITHOUT_NGROK = "Without ngrok: in Colab, EXPOSE_UI = False shows the UI below the cell."
+WAIT_FOR_NEXT_MONTH = (
+    "See https://dashboard.ngrok.com/usage, and wait for the next month or take a larger plan. "
+    + WITHOUT_NGROK
+)
+
 # What to do about what ngrok reports; messages: https://ngrok.com/docs/errors
 ADVICE = {
     "ERR_NGROK_4018": f"ngrok wants the token of an account. {WHERE_TO_GET_A_TOKEN}",
@@ -26,14 +32,30 @@ ADVICE = {
         f"The token in {NGROK_TOKEN} is not valid (any more). {WHERE_TO_GET_A_TOKEN}"
     ),
     "ERR_NGROK_108": (
-        "Your ngrok account already has as many agents running as its plan allows (one, on the "
-        "free plan), perhaps in another notebook. Stop that one, there or at "
+        "Your ngrok account already has as many agents running as its plan allows, in other "
+        "notebooks or on other machines. Stop one, there or at "
         "https://dashboard.ngrok.com/agents, and run this cell again."
     ),
+    "ERR_NGROK_121": (
+        "The ngrok agent on this machine is too old for your account. Renew it with the command "
+        "python -m pyngrok.ngrok update (in a notebook with ! in front), and run this cell again."
+    ),
     "ERR_NGROK_334": (
-        "Another agent already serves this address, perhaps in another notebook or on another "
-        "machine. Stop it, there or at https://dashboard.ngrok.com/endpoints, and run this cell "
-        "again."
+        "Another machine or notebook already shows its UI at your account's address, and a free "
+        "account has only one. Stop that one: there, by running this cell with EXPOSE_UI = False, "
+        "or at https://dashboard.ngrok.com/endpoints. Then run this cell again. " + WITHOUT_NGROK
+    ),
+    "ERR_NGROK_725": (
+        "Your ngrok account has used up the data that its plan allows in a month (1 GB, on the "
+        f"free plan). {WAIT_FOR_NEXT_MONTH}"
+    ),
+    "ERR_NGROK_727": (
+        "Your ngrok account has used up the requests that its plan allows in a month (20,000, on "
+        f"the free plan). {WAIT_FOR_NEXT_MONTH}"
+    ),
+    "ERR_NGROK_734": (
+        "There were more requests in a short time than the plan of your ngrok account allows. "
+        "Wait a minute, then load the page again."
     ),
     "ERR_NGROK_3200": "The tunnel is offline. Run this cell again to open it anew.",
     "ERR_NGROK_8012": (
@@ -41,8 +63,8 @@ ADVICE = {
         "again: it starts the server."
     ),
 }
-# The domain is somebody else's, or is not reserved.
-DOMAIN_CODES = ("ERR_NGROK_319", "ERR_NGROK_320", "ERR_NGROK_326")
+# The domain is somebody else's, is not reserved, or is not for this plan.
+DOMAIN_CODES = ("ERR_NGROK_314", "ERR_NGROK_319", "ERR_NGROK_320", "ERR_NGROK_326")
 
 
 def explain(error: PyngrokError, domain: str | None) -> str:
@@ -55,8 +77,8 @@ def explain(error: PyngrokError, domain: str | None) -> str:
         )
     logs = "\n".join(log.line for log in getattr(error, "ngrok_logs", None) or [])
     body = str(error.body) if isinstance(error, PyngrokNgrokHTTPError) else ""
-    text = "\n".join([str(error), getattr(error, "ngrok_error", None) or "", body, logs])
-    return explain_code(text, domain)
+    said = getattr(error, "ngrok_error", None) or body or str(error)
+    return explain_code(f"{said}\n{logs}", domain)
 
 
 def explain_code(text: str, domain: str | None = None) -> str:
@@ -71,13 +93,13 @@ def explain_code(text: str, domain: str | None = None) -> str:
     found = re.search(r"ERR_NGROK_\d+", text)
     if found is None:
         return (
-            "The ngrok agent could not connect; perhaps this network blocks it. It said: "
-            f"{' '.join(text.split())[:300]}"
+            "The ngrok agent did not get through to ngrok; perhaps this network blocks it, or is "
+            f"down. {WITHOUT_NGROK} It said: {text.strip().split(chr(10))[0][:300]}"
         )
     code = found.group()
     link = f"https://ngrok.com/docs/errors/{code.lower()}"
     advice = ADVICE.get(code)
-    if advice is None and (domain or code in DOMAIN_CODES):
+    if advice is None and domain and code in DOMAIN_CODES:
         advice = (
             f"ngrok does not give you the domain {domain}, which {NGROK_DOMAIN} asks "
             "for. Reserve it at https://dashboard.ngrok.com/domains, or do without that setting."

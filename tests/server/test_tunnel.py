@@ -2,11 +2,14 @@
 
 import json
 import os
+import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +20,10 @@ import requests
 from jupyter_client.manager import start_new_kernel
 from pyngrok import conf as pyngrok_conf
 from pyngrok import ngrok as pyngrok
+from pyngrok import process
 
 from helpers import server
-from helpers.server import credentials, processes, tunnel, users
+from helpers.server import credentials, ngrok_agent, processes, tunnel, users
 from helpers.server.credentials import AccessError
 from helpers.server.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
@@ -404,12 +408,71 @@ def test_auto_goes_on_without_a_tunnel_and_says_why(served, ngrok, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_second_agent_of_a_free_account_is_explained(served, workspace, ngrok, shown, tmp_path):
-    shown()
+def test_second_machine_of_a_free_account_is_explained(served, workspace, ngrok, shown, tmp_path):
+    url = shown().url
     said = show_elsewhere(workspace, PYNGROK_NGROK_PATH=str(ngrok.install(tmp_path / "other")))
     server.stop_server(workspace)
-    assert "ERR_NGROK_108" in said
-    assert "https://dashboard.ngrok.com/agents" in said
+    assert "ERR_NGROK_334" in said
+    assert "https://dashboard.ngrok.com/endpoints" in said
+    assert "EXPOSE_UI = False" in said
+    # The first one is as it was.
+    assert ngrok.endpoints == [url]
+    assert outside(url).status_code == 401
+
+
+@pytest.fixture
+def nowhere(monkeypatch):
+    """A network in which every connection to the outside is refused at once."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+            monkeypatch.setenv(name, f"http://{address}")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+        yield address
+
+
+def test_agent_that_never_gets_through_is_given_up(served, ngrok, nowhere, monkeypatch):
+    monkeypatch.setenv("NGROK_DOUBLE_CLOUD", nowhere)
+    monkeypatch.setattr(ngrok_agent, "PATIENCE", 2)
+    begin = time.monotonic()
+    with pytest.raises(TunnelError) as caught:
+        tunnel.show_ui(served, True)
+    assert time.monotonic() - begin < 6
+    assert "did not get through to ngrok; perhaps this network blocks it" in str(caught.value)
+    assert "Connection refused" in str(caught.value)
+    assert not agents()
+
+
+@pytest.fixture(scope="session")
+def real_agent(tmp_path_factory):
+    """The agent itself, of version 2, from npm."""
+    folder = tmp_path_factory.mktemp("npm")
+    npm = shutil.which("npm")
+    if npm is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        pytest.skip("needs npm, on Linux with x86-64")
+    install = ["install", "--silent", "--prefix", str(folder), "@expo/ngrok-bin-linux-x64@2"]
+    if subprocess.run([npm, *install]).returncode:
+        pytest.skip("npm does not get the agent")
+    return folder / "node_modules/@expo/ngrok-bin-linux-x64/ngrok"
+
+
+@pytest.mark.slow
+def test_real_agent_without_a_network_is_given_up(served, real_agent, nowhere, monkeypatch):
+    monkeypatch.setenv("PYNGROK_NGROK_PATH", str(real_agent))
+    monkeypatch.setenv("NGROK_AUTHTOKEN", "2token0123456789abcdefghijk_0123456789abcdefghijk")
+    lines, watched = [], ngrok_agent.NgrokLog
+    monkeypatch.setattr(process, "NgrokLog", lambda line: lines.append(line) or watched(line))
+    begin = time.monotonic()
+    with pytest.raises(TunnelError, match="did not get through") as caught:
+        tunnel.show_ui(served, True)
+    assert time.monotonic() - begin < 15
+    assert any('msg="starting web service"' in line for line in lines)
+    assert sum('lvl=eror msg="failed to reconnect session"' in line for line in lines) > 1
+    assert nowhere in str(caught.value)
+    assert not agents()
+    assert users.read_rules(served.access_rules).public == []
 
 
 def test_address_that_is_online_elsewhere_is_explained(served, own_domain, tmp_path):
@@ -431,7 +494,7 @@ def test_address_that_is_online_elsewhere_is_explained(served, own_domain, tmp_p
         assert "mlflow.example.com" in other.stdout.readline()
         with pytest.raises(TunnelError, match="ERR_NGROK_334") as caught:
             tunnel.show_ui(served, True)
-        assert "Another agent already serves this address" in str(caught.value)
+        assert "Another machine or notebook already shows its UI" in str(caught.value)
         assert {agent.ppid() for agent in agents()} == {other.pid}
     finally:
         other.communicate("\n", timeout=20)
