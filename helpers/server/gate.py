@@ -33,6 +33,10 @@ MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counte
 
 # MLflow's assistant can run commands on the server's machine.
 NOT_FROM_OUTSIDE = ("/ajax-api/3.0/mlflow/assistant", "/gateway", "/v1/traces", "/v1/metrics")
+# Where Colab shows a frame: in an output of its page, whose host is another one each time.
+COLAB_FRAMES = (
+    "frame-ancestors 'self' https://colab.research.google.com https://*.googleusercontent.com"
+)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host")
 
 
@@ -58,6 +62,8 @@ class UnauthorizedError(RejectedError):
 class Visit:
     """A request at the gate, and what becomes of it: one line of the activity log."""
 
+    in_colab = False  # whether it came by Colab's port proxy, or may have come by it
+
     def __init__(self, scope: Scope):
         self.start = time.perf_counter()
         self.method, self.path = scope["method"], scope["path"]
@@ -69,11 +75,14 @@ class Visit:
         self.user, self.status, self.outcome = None, 500, None
 
     def watch(self, send: Send) -> Send:
-        """Return a `send` that notes the status on its way."""
+        """Return a `send` that notes the status on its way, and says who may frame the page."""
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.status = message["status"]
+                if self.in_colab:
+                    # Browsers then pay no heed to MLflow's own X-Frame-Options, SAMEORIGIN.
+                    MutableHeaders(scope=message)["content-security-policy"] = COLAB_FRAMES
             await send(message)
 
         return watched
@@ -167,6 +176,7 @@ class Gate:
         # A request that a proxy forwarded was not made on this machine, whatever its host says.
         forwarded = any(name in headers for name in FORWARDED)
         outside = not local or (forwarded and not rules.private)
+        visit.in_colab = not outside and bool(rules.private)
         authorization = headers.get("authorization")
         if authorization is not None:
             await self._sign_in(visit, outside, rules)

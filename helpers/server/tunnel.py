@@ -20,8 +20,16 @@ from helpers.server import activity, credentials, mlflow_server, ngrok_agent, us
 from helpers.server.http import HOST
 from helpers.server.ngrok_errors import WHERE_TO_GET_A_TOKEN, explain, problem_outside
 from helpers.settings import check_parameters
-from helpers.workspace import ProjectError, Workspace, in_colab, is_interactive
+from helpers.workspace import (
+    PATIENCE,
+    ProjectError,
+    Workspace,
+    colab_front_end,
+    in_colab,
+    is_interactive,
+)
 
+FRAME_HEIGHT = "700"  # pixels of the UI below a cell of Colab
 _typed = {}  # what was typed in this session, so that nobody is asked twice
 
 
@@ -94,6 +102,7 @@ class PublicUi(Address):
         ngrok_agent.forget_dead_tunnel(self._workspace)
         if not self._expose:
             close_tunnel(self._workspace)
+            self._show_in_colab()
             return self
         self._token = _find_token(self._expose)
         with ExitStack() as block:
@@ -190,18 +199,38 @@ class PublicUi(Address):
     def _stay_local(self, reason: ProjectError) -> None:
         """Say where the UI is without a tunnel, or that it is an error that there is none."""
         self.url, self.note, self.wanted = self._local, "", False
-        has_proxy = in_colab() and is_interactive()
-        if self._expose is True and (self._token is not None or not has_proxy):
+        has_token = self._token is not None
+        if self._expose is True and (has_token or not colab_front_end()):
             raise reason from None
-        if self._token is not None:
+        if has_token:
             notice(f"The MLflow UI is not public. {reason}", "warning")
-        help_ = "" if self._token is not None else WHERE_TO_GET_A_TOKEN
-        proxy = _colab_proxy(self._workspace, self._local) if has_proxy else None
-        if proxy:
-            self.url, self.note = proxy, "Only you can open it, while this notebook is open."
-            self.note += f" To share it: {help_}" if help_ else ""
-        elif help_ and is_interactive():
-            self.note = f"To see it from anywhere: {help_}"
+        in_frame = self._show_in_colab()
+        if not has_token and is_interactive():
+            to_share = "To share it" if in_frame else "To see it from anywhere"
+            self.note = f"{self.note} {to_share}: {WHERE_TO_GET_A_TOKEN}".lstrip()
+
+    def _show_in_colab(self) -> bool:
+        """Show the UI below the cell, by Colab's port proxy, which lets only its owner through.
+
+        Tell whether that was possible: the front end must be Colab's own page.
+        """
+        if not colab_front_end():
+            return False
+        from google.colab import output
+
+        port = urlsplit(self._local).port
+        asked = f"google.colab.kernel.proxyPort({port})"
+        address = output.eval_js(asked, timeout_sec=PATIENCE)
+        if not address:
+            return False
+        users.change_rules(self._workspace, private=[urlsplit(address).netloc])
+        output.serve_kernel_port_as_iframe(port, height=FRAME_HEIGHT)
+        self.url = address
+        self.note = (
+            "It is in the frame above. The address is for you only, while this notebook is open, "
+            "and not all browsers open it."
+        )
+        return True
 
 
 def opening(
@@ -224,7 +253,8 @@ def opening(
     expose : {'auto', True, False}
         Whether the UI is shown at a public address. ``'auto'``: where there is a token; a
         failure is then said, and the notebook goes on. ``True``: a failure is an error.
-        ``False``: no, and a tunnel that is open is closed.
+        ``False``: no, and a tunnel that is open is closed. Without a tunnel Colab shows the UI
+        in a frame below the cell.
     keep : bool, optional
         See `helpers.server.start`.
     port : int or None
@@ -289,16 +319,3 @@ def _find_token(expose: str | bool) -> str | None:
     if token is None and (expose is True or in_colab()):
         token = _typed[name] = credentials.ask_secret(name, WHERE_TO_GET_A_TOKEN)
     return token
-
-
-def _colab_proxy(workspace: Workspace, url: str) -> str | None:
-    """Return the address of Colab's port proxy, which lets only the notebook's owner through.
-
-    None where the front end has none, such as that of VS Code.
-    """
-    from google.colab import output
-
-    address = output.eval_js(f"google.colab.kernel.proxyPort({urlsplit(url).port})")
-    if address:
-        users.change_rules(workspace, private=[urlsplit(address).netloc])
-    return address

@@ -1,5 +1,6 @@
 """The cell that shows the MLflow UI at a public address."""
 
+import functools
 import json
 import os
 import platform
@@ -27,8 +28,10 @@ from helpers.server import credentials, ngrok_agent, processes, tunnel, users
 from helpers.server.credentials import AccessError
 from helpers.server.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
+from tests.doubles.colab import PAGE, VS_CODE, ColabMachine
 from tests.doubles.ngrok import NgrokCloud, paid_account
 from tests.series import wait_for
+from tests.tools import walkthrough
 
 HEADERS = {"ngrok-skip-browser-warning": "1"}
 
@@ -628,19 +631,6 @@ SHOW = """
     os.environ.pop("NGROK_AUTHTOKEN", None)
     tunnel.show_ui(open_workspace({folder!r}), {expose!r})
 """
-COLAB = """
-    import sys, types
-    package, userdata, output = (types.ModuleType(name) for name in "abc")
-    class SecretNotFoundError(Exception): pass
-    class NotebookAccessError(Exception): pass
-    def get(name): raise SecretNotFoundError(name)
-    userdata.SecretNotFoundError, userdata.get = SecretNotFoundError, get
-    userdata.NotebookAccessError = NotebookAccessError
-    output.eval_js = lambda code: f"https://5000-{code.partition('(')[2][:-1]}.colab.example"
-    package.userdata, package.output = userdata, output
-    sys.modules.update({"google.colab": package, "google.colab.userdata": userdata,
-                        "google.colab.output": output})
-"""
 
 
 def test_token_is_asked_for_hidden_and_once(served, ngrok, front_end):
@@ -664,21 +654,132 @@ def test_person_on_an_own_machine_is_not_asked_by_auto(served, front_end):
     assert "NGROK_AUTHTOKEN" in done.shown
 
 
-def test_colab_without_a_token_offers_colabs_own_proxy(served, front_end):
-    front_end(COLAB)
-    done = front_end(SHOW.format(folder=str(served.root), expose="auto"), "")
-    assert len(done.asked) == 1
+@pytest.fixture
+def shown_in_colab(served, tmp_path):
+    """Run the cell on a machine of Colab that has no token; return what it shows.
+
+    Who runs it presses Enter when asked for one.
+    """
+    machine = ColabMachine(Path(sys.executable), tmp_path / "disk", tmp_path / "drive", {})
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(PROJECT_ROOT)!r})
+        from helpers.server import tunnel
+        from helpers.workspace import open_workspace
+        print(tunnel.show_ui(open_workspace({str(served.root)!r}), expose))
+    """
+
+    def show(expose, front_end=PAGE):
+        machine.front_end = front_end
+        text, error = machine.run(f"expose = {expose!r}{textwrap.dedent(code)}")
+        assert error is None, error
+        return text
+
+    yield show
+    machine.vanish()
+    users.change_rules(served, private=[])
+
+
+@pytest.mark.parametrize("expose", ["auto", True, False])
+def test_colab_without_a_token_shows_the_ui_below_the_cell(served, shown_in_colab, expose):
     url = server.start(served)
     port = url.rsplit(":", 1)[1]
-    address = f"https://5000-{port}.colab.example"
-    assert address in done.shown
-    headers = {"Host": f"5000-{port}.colab.example", "Origin": address}
+    seen = shown_in_colab(expose)
+    address = f"https://{port}-colab.example"
+    frame, link = f"proxyPort({port})", f"The MLflow UI is at {address}"
+    assert 0 < seen.index(frame) < seen.index(link)
+    assert ("To share it: Get a free token" in seen) == (expose is not False)
+    headers = {"Host": f"{port}-colab.example", "Origin": address}
     search = f"{url}/api/2.0/mlflow/experiments/search"
-    seen = requests.post(search, json={"max_results": 1}, headers=headers)
-    assert seen.status_code == 200
+    assert requests.post(search, json={"max_results": 1}, headers=headers).status_code == 200
     foreign = {**headers, "Origin": "https://evil.example"}
     assert requests.post(search, json={"max_results": 1}, headers=foreign).status_code == 403
-    users.change_rules(served, private=[])
+
+
+def test_front_end_that_is_not_colabs_page_shows_no_frame(served, shown_in_colab):
+    seen = shown_in_colab("auto", VS_CODE)
+    assert "proxyPort" not in seen
+    assert "The MLflow UI is at http://localhost:" in seen
+    assert users.read_rules(served.access_rules).private == []
+
+
+def framing(headers):
+    """Return what a browser reads: the ancestors that are allowed, and MLflow's own rule."""
+    return headers.get("Content-Security-Policy"), headers.get("X-Frame-Options")
+
+
+def test_only_pages_of_colab_may_frame_the_ui_and_no_page_what_is_public(served, shown):
+    url = server.start(served)
+    assert framing(requests.get(url).headers) == (None, "SAMEORIGIN")
+    public = shown().url
+    users.change_rules(served, private=["5000-colab.example"])
+    reader = ("reader", credentials.password_of(served, "reader"))
+    try:
+        ancestors, _ = framing(
+            requests.get(url, headers={"Host": "5000-colab.example"}, auth=reader).headers
+        )
+        assert ancestors.split() == [
+            *("frame-ancestors", "'self'", "https://colab.research.google.com"),
+            "https://*.googleusercontent.com",
+        ]
+        page = outside(public, "/", auth=reader)
+        assert (page.status_code, framing(page.headers)) == (200, (None, "SAMEORIGIN"))
+    finally:
+        users.change_rules(served, private=[])
+
+
+OUTPUT = """<script>
+const google = {colab: {kernel: {proxyPort: port => `https://${port}-colab.example/`}}};
+const stand_in = {iframe(url, frame) {
+  const shown = document.createElement("iframe");
+  Object.assign(shown, {src: new URL(frame.path, url), width: frame.width, height: frame.height});
+  document.documentElement.append(shown);
+}};
+%s
+</script>"""
+
+
+@pytest.mark.slow
+def test_ui_in_colabs_page_is_visible_and_in_no_other(served, shown_in_colab, tmp_path):
+    if walkthrough.find_browser() is None:
+        pytest.skip(f"no browser: install one of {', '.join(walkthrough.BROWSERS)}")
+    url = server.start(served)
+    host = f"{url.rsplit(':', 1)[1]}-colab.example"
+    (script,) = re.findall(r"stand_in\.iframe.*", shown_in_colab("auto"))
+    output = "https://abc-0-colab.googleusercontent.com"
+    pages = {
+        "https://colab.research.google.com": f'<iframe src="{output}" width=1200 height=750>',
+        output: OUTPUT % script,
+        "https://evil.example": f'<iframe src="{output}" width=1200 height=750>',
+        "https://evil.googleusercontent.example": OUTPUT % script,
+    }
+
+    def fulfill_page(body, route):
+        route.fulfill(body=body, content_type="text/html")
+
+    def proxy(route):
+        asked = route.request
+        headers = {**asked.all_headers(), "host": host}
+        path = asked.url.split(host, 1)[1]
+        answer = requests.request(
+            asked.method, url + path, headers=headers, data=asked.post_data_buffer
+        )
+        dropped = ("content-encoding", "content-length", "transfer-encoding")
+        kept = {name: text for name, text in answer.headers.items() if name.lower() not in dropped}
+        route.fulfill(status=answer.status_code, headers=kept, body=answer.content)
+
+    with walkthrough.everyday_page(tmp_path / "profile") as page:
+        page.route(f"https://{host}/**", proxy)
+        for address, body in pages.items():
+            page.route(f"{address}/", functools.partial(fulfill_page, body))
+        page.goto("https://colab.research.google.com/")
+        ui = page.frame_locator("iframe").frame_locator("iframe")
+        ui.get_by_role("link", name="Experiments").first.click()
+        ui.get_by_role("link", name="Default", exact=True).wait_for()
+        for foreign in [address for address in pages if "evil" in address]:
+            with page.expect_console_message(lambda message: "frame-ancestors" in message.text):
+                page.goto(f"{foreign}/")
+            assert not [frame for frame in page.frames if host in frame.url]
 
 
 def test_the_notebooks_kernel_ends_the_tunnel_with_itself(served, ngrok, front_end):

@@ -7,6 +7,7 @@ The tests walk the same way (`Walk`).
 
 import argparse
 import io
+import json
 import os
 import shutil
 import sys
@@ -63,6 +64,28 @@ def exposed(workspace, cloud, folder):
         finally:
             tunnel.close_tunnel(workspace)
             server.stop_server(workspace)
+
+
+@contextmanager
+def everyday_page(profile):
+    """Give a page of a browser with a profile that allows cookies of other sites, as Colab needs.
+
+    Frames of other sites may then keep something, too, without which MLflow's UI stays blank.
+    """
+    preferences = {"profile": {"block_third_party_cookies": False, "cookie_controls_mode": 0}}
+    (profile / "Default").mkdir(parents=True)
+    (profile / "Default" / "Preferences").write_text(json.dumps(preferences), encoding="utf-8")
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=find_browser(),
+            args=["--no-sandbox", "--disable-gpu"],
+            viewport=SIZE,
+        )
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        yield page
+        context.close()
 
 
 @contextmanager
