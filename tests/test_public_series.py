@@ -152,13 +152,22 @@ def public(done, cloud, tmp_path_factory):
     os.environ.update({name: value for name, value in before.items() if value})
 
 
-def test_reader_sees_the_ui_and_registers_nothing(public, cloud, tmp_path):
+def test_reader_sees_the_ui_with_little_traffic_and_registers_nothing(public, cloud, tmp_path):
     workspace, url = public
     password = credentials.password_of(workspace, "reader")
     with walkthrough.browser_page(cloud, "reader", password) as page:
+        received, network = [], page.context.new_cdp_session(page)
+        network.send("Network.enable")
+        network.on(
+            "Network.loadingFinished", lambda event: received.append(event["encodedDataLength"])
+        )
         way = walkthrough.Walk(page, url, tmp_path)
         way.open()
         way.experiment("conv_network")
+        page.get_by_role("link", name="default_logistic").first.wait_for()
+        page.wait_for_timeout(2000)
+        # A first visit, with an experiment open; ngrok's free plan has 1 GB a month.
+        assert 1_000_000 < sum(received) < 2_500_000
         way.run("default_logistic")
         assert float(way.metrics("metrics")["accuracy"]) > 0.5
         way.model_files("files")
