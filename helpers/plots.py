@@ -21,13 +21,12 @@ from sklearn.model_selection import GridSearchCV
 
 from helpers.data import Table
 from helpers.models.evaluation import METRIC_NAMES
-from helpers.server.activity import KINDS
+from helpers.server.activity import KINDS, MOST_USERS, OTHERS, count_by_user
 
 WIDTH = 9.0  # inches; at 100 dots per inch the width of a notebook's cell
 MOST_PANELS = 12
 MOST_FEATURES = 30  # whose correlations can be told apart
 MOST_CLASSES = 10  # whose distributions can be told apart
-MOST_USERS = 20
 LEGIBLE = 21  # rows or columns of the grid, up to which a score fits into its cell
 STYLE = {
     **sns.axes_style("whitegrid"),
@@ -449,7 +448,9 @@ def _many_periods(axes: Axes, metric: str, values: pd.DataFrame, colours: dict, 
 
 @_picture
 def activity(log: pd.DataFrame) -> Figure | None:
-    """Draw the requests to the MLflow server by user and kind; None if there was none.
+    """Draw the requests to the MLflow server by kind, of the users with most of them.
+
+    None if there was none.
 
     Parameters
     ----------
@@ -458,16 +459,15 @@ def activity(log: pd.DataFrame) -> Figure | None:
     """
     if log.empty:
         return None
-    users = log["user"].fillna("(none)")
-    most = users.value_counts().index[:MOST_USERS]
-    counts = pd.crosstab(users, log["kind"]).loc[most].rename(index=_names(most))
-    figure, axes = _figure(1.1 + max(1.0, 0.42 * len(most)))
+    counts = count_by_user(log, "kind")
+    counts = counts.rename(index=_names(counts.index))
+    figure, axes = _figure(1.1 + max(1.0, 0.42 * len(counts)))
     kinds = [kind for kind in KIND_COLOURS if kind in counts]
     counts[kinds].plot.barh(stacked=True, color=KIND_COLOURS, width=0.75, ax=axes)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     _whole_numbers(axes.xaxis)
-    some = f", the {MOST_USERS} busiest users" * (users.nunique() > MOST_USERS)
+    some = f", the {MOST_USERS} busiest users and others" * (OTHERS in counts.index)
     axes.set(xlabel="requests", ylabel="", title=f"Requests to the MLflow server{some}")
     return figure

@@ -12,6 +12,7 @@ import warnings
 from helpers.server import credentials, processes, store
 from helpers.server.gate import Gate
 from helpers.server.mlflow_server import service
+from helpers.server.protected import Protected
 from helpers.workspace import Workspace, open_workspace
 
 
@@ -31,14 +32,28 @@ class Accounts:
         # Looked up here: an MLflow that has them no more ends the start, not a request.
         self._store, self._remembered = auth.store, auth._USER_AUTH_CACHE
         self._key, self._authenticate = auth._auth_cache_key, auth._authenticate_cached
+        self._forget = auth._invalidate_user_auth_cache
 
     def remembers(self, user: str, password: str) -> bool:
         """Tell whether this password was found right a short while ago."""
         return self._key(user, password) in self._remembered
 
     def authenticate(self, user: str, password: str):
-        """Return the account, with ``is_admin``, or None if user or password are wrong."""
-        return self._authenticate(user, password)
+        """Return the account as it is now, with ``is_admin``; None if user or password are wrong.
+
+        An unknown user costs the time of a wrong password.
+        """
+        account = self._authenticate(user, password)
+        if not self._store.has_user(user):
+            self._forget(user)
+            self._store.authenticate_user(credentials.ADMIN, password)
+            return None
+        now = self._store.get_user(user)
+        if account is not None and _rights(now) != _rights(account):
+            # Changed while it was being remembered, or by another program.
+            self._forget(user)
+            account = self._authenticate(user, password)
+        return account
 
     def keep(self, user: str, password: str) -> None:
         """Make the account of an administrator, or give it today's password."""
@@ -48,14 +63,18 @@ class Accounts:
             self._store.update_user(user, password=password)
 
 
+def _rights(account) -> tuple:
+    return account.id, account.password_hash, account.is_admin
+
+
 def _configure_mlflow(workspace: Workspace) -> None:
     """Set what ``mlflow server --app-name basic-auth`` sets before it starts its workers."""
     config = workspace.server / "basic_auth.ini"
     accounts = (workspace.server / "users.db").as_posix()
     config.write_text(
         "[mlflow]\n"
-        # Whoever is signed in may change what is there; the gate keeps readers from it.
-        "default_permission = EDIT\n"
+        # What others made: to be seen. Whoever makes something may do everything with it.
+        "default_permission = READ\n"
         f"database_uri = sqlite:///{accounts}\n"
         f"admin_username = {credentials.ADMIN}\n"
         "auth_cache_ttl_seconds = 60\n",
@@ -99,7 +118,7 @@ def create_app(workspace: Workspace, port: int) -> Gate:
         credentials.NOTEBOOKS, credentials.stored_secret(workspace, credentials.NOTEBOOKS)
     )
     accounts.keep(credentials.ADMIN, os.environ["MLFLOW_AUTH_ADMIN_PASSWORD"])
-    return Gate(app, accounts, workspace, port)
+    return Gate(app, accounts, Protected(mlflow_server.handlers), workspace, port)
 
 
 def _close_runs(workspace: Workspace) -> None:

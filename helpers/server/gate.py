@@ -6,9 +6,10 @@ at the start: the gate reads them at every request. And MLflow lets every signed
 experiments and registered models: the gate keeps readers from changing anything.
 """
 
+import hashlib
 import time
-from contextlib import suppress
-from urllib.parse import quote, urlsplit
+from contextlib import nullcontext, suppress
+from urllib.parse import quote
 
 import anyio
 import requests
@@ -23,10 +24,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from helpers.server import credentials, http, users
 from helpers.server.activity import SCORING_PATH, ActivityLog, is_look, kind_of
 from helpers.server.processes import ServerProcess, read_state
+from helpers.server.protected import ForbiddenError, Protected
 from helpers.workspace import Workspace
 
 SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
+DRAIN_TIMEOUT = 10  # seconds that this may take
+MOST_OF_A_READER = 1_000_000  # bytes of a search
 SCORING_TIMEOUT = 120  # seconds for the scoring server's answer
 MOST_WRONG = 20  # wrong passwords of one user from one outside address, until a minute's pause
 MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counted
@@ -70,9 +74,20 @@ class Visit:
         self.headers = Headers(scope=scope)
         self.host = self.headers.get("host", "").lower()
         # The last address is the one that the nearest proxy added; those before it may be lies.
-        forwarded = self.headers.get("x-forwarded-for", "").split(",")[-1]
+        forwarded = ",".join(self.headers.getlist("x-forwarded-for")).split(",")[-1]
         self.address = forwarded.strip()[:60] or (scope.get("client") or ("?",))[0]
         self.user, self.status, self.outcome = None, 500, None
+        self.signed_in = self.is_reader = self.is_admin = self.is_read = False
+
+    def listen(self, receive: Receive) -> Receive:
+        """Return a `receive` that notes when all of the request was read."""
+
+        async def noted() -> Message:
+            message = await receive()
+            self.is_read = not message.get("more_body", False)
+            return message
+
+        return noted
 
     def watch(self, send: Send) -> Send:
         """Return a `send` that notes the status on its way, and says who may frame the page."""
@@ -102,11 +117,11 @@ class Visit:
             "time": round(time.time(), 3),
             "user": self.user,
             "method": self.method,
-            "path": self.path[:500],
+            "path": self.path,
             "status": self.status,
             "duration": round(1000 * (time.perf_counter() - self.start), 1),
             "address": self.address,
-            "host": self.host[:200],
+            "host": self.host,
             "outcome": self.outcome or of_mlflow,
         }
 
@@ -119,13 +134,17 @@ class Gate:
     app : callable
         MLflow's ASGI app, with basic-auth.
     accounts : helpers.server.app.Accounts
+    protected : helpers.server.protected.Protected
     workspace : helpers.workspace.Workspace
     port : int
         Where the server listens.
     """
 
-    def __init__(self, app: ASGIApp, accounts, workspace: Workspace, port: int):
-        self._app, self._accounts, self._rules = app, accounts, workspace.access_rules
+    def __init__(
+        self, app: ASGIApp, accounts, protected: Protected, workspace: Workspace, port: int
+    ):
+        self._app, self._accounts, self._protected = app, accounts, protected
+        self._rules = workspace.access_rules
         # What a browser shows; artifacts are handed on as they are, however large.
         text = GZipMiddleware(_join_short_answers(app), SHORT_ANSWER, compresslevel=6)
         self._apps = {"page": text, "look": text, "prediction": Scoring(workspace)}
@@ -142,6 +161,7 @@ class Gate:
         """Handle one request as ASGI asks for it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+            self._log.flush()
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close"})
@@ -150,19 +170,49 @@ class Gate:
         if visit.path == "/health" and visit.host in self._local:
             await self._app(self._inner(scope, None), receive, send)
             return
-        answer = visit.watch(send)
+        receive, answer = visit.listen(receive), visit.watch(send)
         try:
             authorization = await self._admit(visit)
+            kind = kind_of(visit.method, visit.path)
+            received = await self._check(visit, kind, Request(scope, receive))
+        except ClientDisconnect:
+            visit.outcome = "error"
         except RejectedError as rejection:
             visit.outcome = rejection.outcome
-            await _drain(Request(scope, receive))
+            if not visit.is_read:
+                await _drain(Request(scope, receive))
             await rejection.response()(scope, receive, answer)
         else:
-            app = self._apps.get(kind_of(visit.method, visit.path), self._app)
-            await app(self._inner(scope, authorization), receive, answer)
+            app = self._apps.get(kind, self._app)
+            looks = is_look(visit.method, visit.path) and not visit.is_admin
+            with self._protected.looking() if looks else nullcontext():
+                await app(self._inner(scope, authorization), received, answer)
         finally:
             if visit.is_telling:
-                self._log.write(**visit.line())
+                self._log.write(visit.signed_in, **visit.line())
+
+    async def _check(self, visit: Visit, kind: str, request: Request) -> Receive:
+        """Let a request through as it came, or raise what it must not do.
+
+        Files are handed on while they arrive; all else is read first, up to a limit.
+        """
+        body, receive = b"", request.receive
+        if kind not in ("artifact", "prediction"):
+            body = await http.read_body(
+                request, MOST_OF_A_READER if visit.is_reader else http.MOST_BYTES
+            )
+            if body is None:
+                raise RejectedError(413, "error", "Send less in one request.")
+            receive = _again(body, request.receive)
+        if not is_look(visit.method, visit.path):
+            query = request.scope["query_string"].decode("latin-1")
+            change = (visit.method, visit.path, query, body, visit.is_admin)
+            try:
+                await anyio.to_thread.run_sync(self._protected.check, *change)
+            except ForbiddenError as error:
+                outcome = "role" if error.status == 403 else "error"
+                raise RejectedError(error.status, outcome, str(error)) from None
+        return receive
 
     async def _admit(self, visit: Visit) -> str:
         """Return the Authorization header for MLflow, or raise what speaks against the request."""
@@ -182,6 +232,7 @@ class Gate:
             await self._sign_in(visit, outside, rules)
         elif rules.without_password if outside else not rules.sign_in:
             visit.user, authorization = None if outside else users.LOCAL, self._notebooks
+            visit.signed_in, visit.is_admin = not outside, True
         else:
             raise UnauthorizedError("Sign in to see this MLflow server.")
         if outside and visit.path.startswith(NOT_FROM_OUTSIDE):
@@ -190,19 +241,20 @@ class Gate:
 
     def _is_own(self, headers: Headers, rules: users.AccessRules) -> bool:
         """Tell whether a change comes from no page, or from a page of this server."""
-        if headers.get("sec-fetch-site") == "cross-site":
+        if "cross-site" in headers.get("sec-fetch-site", "").lower():
             return False
-        origin = headers.get("origin")
         own = (*self._local, *rules.public, *rules.private)
-        return origin is None or urlsplit(origin).netloc in own
+        origins = headers.getlist("origin")
+        return all(origin.lower().partition("://")[2] in own for origin in origins)
 
     async def _sign_in(self, visit: Visit, outside: bool, rules: users.AccessRules) -> None:
         given = http.basic_credentials(visit.headers["authorization"])
         if given is None:
             raise UnauthorizedError("Sign in with a user name and a password.")
         user, _ = given
-        visit.user = user[:100]
-        key = (visit.address, user)
+        visit.user = user
+        # As long as a name may be, what is kept of it is short.
+        key = hashlib.blake2b(f"{visit.address} {user}".encode(), digest_size=16).digest()
         tried = self._wrong.get(key, 0) >= MOST_WRONG
         if outside and tried and not self._accounts.remembers(*given):
             message = "Too many wrong passwords. Wait a minute."
@@ -211,8 +263,9 @@ class Gate:
         if account is None:
             self._wrong[key] = self._wrong.get(key, 0) + 1
             raise UnauthorizedError("Wrong user name or password.")
-        reader = not account.is_admin and rules.roles.get(user, "reader") == "reader"
-        if reader and not is_look(visit.method, visit.path):
+        visit.signed_in, visit.is_admin = True, account.is_admin
+        visit.is_reader = not account.is_admin and rules.roles.get(user, "reader") == "reader"
+        if visit.is_reader and not is_look(visit.method, visit.path):
             message = f"{user} is a reader here: readers see everything and change nothing."
             raise RejectedError(403, "role", message)
 
@@ -253,13 +306,23 @@ def _join_short_answers(app: ASGIApp) -> ASGIApp:
     return joining
 
 
+def _again(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives a body that was read already, then what comes after it."""
+    messages = [{"type": "http.request", "body": body}]
+
+    async def receive_again() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receive_again
+
+
 async def _drain(request: Request) -> None:
     """Read what belongs to a rejected request, up to a limit.
 
     A connection that is closed with unread bytes in it may lose the answer on its way.
     """
     left = MOST_DRAINED
-    with suppress(ClientDisconnect):
+    with suppress(ClientDisconnect), anyio.move_on_after(DRAIN_TIMEOUT):
         async for part in request.stream():
             left -= len(part)
             if left <= 0:

@@ -25,15 +25,15 @@ def basic_credentials(header: str) -> tuple[str, str] | None:
     return (user, password) if scheme.lower() == "basic" and colon else None
 
 
-async def read_body(request) -> bytes | None:
-    """Return the body of a `starlette.requests.Request`, or None if it is over `MOST_BYTES`."""
+async def read_body(request, most: int = MOST_BYTES) -> bytes | None:
+    """Return the body of a `starlette.requests.Request`, or None if it is over `most` bytes."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size <= MOST_BYTES:
+        if size <= most:
             parts.append(part)
     # Read to its end all the same: on a connection closed before, the answer may get lost.
-    return b"".join(parts) if size <= MOST_BYTES else None
+    return b"".join(parts) if size <= most else None
 
 
 def local_session() -> requests.Session:

@@ -29,6 +29,7 @@ from helpers.server.private_files import private_lock, write_private
 from helpers.workspace import PROJECT_ROOT, ProjectError, is_interactive
 
 STATE = "state.json"  # file in the folder of a service: its process
+LOG = "log.txt"  # beside it: what the process prints
 START_TIMEOUT = 180  # seconds; a start takes about 10 on two cores
 LOOK_EVERY = 5  # seconds, for whether anybody is left
 
@@ -155,7 +156,7 @@ class Service:
             alive = process.alive
             if not alive or time.monotonic() > end:
                 reason = f"is silent at {process.url}" if alive else "ended while starting"
-                log = self.folder / "log.txt"
+                log = self.folder / LOG
                 lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                 last = "\n".join(lines[-8:])
                 raise ServerError(f"The {self.title} {reason}. The end of its log {log}:\n{last}")
@@ -232,7 +233,7 @@ class Service:
         listener = self._listen(wanted)
         port = listener.getsockname()[1]
         command = [sys.executable, "-m", self.module, "--workspace", str(self.root)]
-        command += ["--port", str(port), *self.arguments]
+        command += ["--port", str(port), "--log", str(self.folder / LOG), *self.arguments]
         handed_on = {}
         if os.name == "nt":
             listener.close()
@@ -241,7 +242,7 @@ class Service:
             handed_on = {"pass_fds": (listener.fileno(),)}
         path = os.pathsep.join(filter(None, [str(PROJECT_ROOT), os.getenv("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "PYTHONWARNINGS": "ignore", **self.environment}
-        with (self.folder / "log.txt").open("ab") as log:
+        with (self.folder / LOG).open("ab") as log:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -289,6 +290,7 @@ def argument_parser(module: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--workspace", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default=HOST)
+    parser.add_argument("--log", type=Path, help="file for what it prints; rotates")
     parser.add_argument("--fd", type=int, help="number of a socket that listens there already")
     return parser
 
@@ -315,8 +317,13 @@ def serve(
             on_end()
             await super().shutdown(sockets)
 
+    from helpers.server.connections import Connection, RotatingStream
+
+    if options.log:
+        sys.stdout = sys.stderr = RotatingStream(options.log)
     config = uvicorn.Config(
         app,
+        http=Connection,
         host=options.host,
         port=options.port,
         log_level="warning",

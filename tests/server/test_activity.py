@@ -1,5 +1,6 @@
 """The activity log: what is written, and what notebooks read back."""
 
+import asyncio
 import stat
 
 import pandas as pd
@@ -102,3 +103,61 @@ def test_line_breaks_in_what_a_client_sends_stay_inside_their_line(workspace, lo
 def test_times_are_utc(workspace, log):
     log.write(**request(time=1_800_000_000.5))
     assert activity.read_activity(workspace)["time"].iloc[0] == pd.Timestamp("2027-01-15 08:00Z")
+
+
+def as_server(writing):
+    """Write as the server does: in a loop, which is what counts the time."""
+
+    async def run():
+        writing()
+
+    asyncio.run(run())
+
+
+def test_strangers_push_no_line_of_a_user_out(workspace, log):
+    log.write(**request())
+
+    def attack():
+        for number in range(3_200):
+            tried = {"user": f"{number}\N{PILE OF POO}" * 4_000, "path": "/\N{PILE OF POO}" * 4_000}
+            log.write(signed_in=False, **request(outcome="sign-in", status=401, **tried))
+        log.flush()
+
+    as_server(attack)
+    table = activity.read_activity(workspace)
+    assert "ana" in set(table["user"])
+    assert table["count"].sum() == 3_201
+    assert sum(file.stat().st_size for file in workspace.server.iterdir()) < 1_000_000
+    lines = (workspace.server / activity.NOT_SIGNED_IN).read_bytes().splitlines()
+    assert max(map(len, lines)) < 1_500
+    counts = activity.summarize_activity(table)
+    assert "ana" in counts.index
+    assert len(counts) == activity.MOST_USERS + 1
+    assert counts["rejected: sign-in"].sum() == 3_200
+    shown = plots.activity(table).axes[0].get_yticklabels()
+    assert len(shown) == activity.MOST_USERS + 1
+
+
+def test_repeats_of_a_stranger_are_one_line_with_their_number_and_time(workspace, log):
+    def repeat():
+        for number in range(50):
+            turned_away = {"outcome": "host", "status": 403, "time": 1_800_000_000 + number}
+            log.write(signed_in=False, **request(user=None, **turned_away))
+        log.flush()
+
+    as_server(repeat)
+    once, rest = activity.read_activity(workspace).to_dict("records")
+    assert (once["count"], rest["count"]) == (1, 49)
+    assert (rest["time"] - rest["first"]).total_seconds() == 48
+
+
+@pytest.mark.parametrize("torn", [b'{"time": 18', b"\xff\x00\n", b"[]\n", b'{"time": 1}\n'])
+def test_damaged_lines_are_named_and_the_rest_is_read(workspace, log, capsys, torn):
+    log.write(**request())
+    with workspace.activity.open("ab") as file:
+        file.write(torn)
+    activity.ActivityLog(workspace.activity).write(**request(user="luis"))
+    assert activity.read_activity(workspace)["user"].tolist() == ["ana", "luis"]
+    said = capsys.readouterr().out
+    assert f"1 of 3 lines of {workspace.activity}" in said
+    assert torn in workspace.activity.read_bytes()

@@ -4,9 +4,11 @@ import json
 import queue
 import re
 import socket
+import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
@@ -19,49 +21,9 @@ from mlflow.server.handlers import get_endpoints
 from helpers import tracking
 from helpers.server import activity, credentials, processes, tunnel, users
 from helpers.server.http import basic_header
-from helpers.workspace import open_workspace
 from tests.scoring import serve_here
-from tests.tools.walkthrough import environment, exposed
 
 API = "/api/2.0/mlflow"
-USERS = ["reader:reader", "editor:editor", "boss:admin"]
-
-
-@pytest.fixture(scope="module")
-def public(cloud, tmp_path_factory, _no_team_server):
-    """A server behind an open tunnel, with a run, a model and users of every role."""
-    folder = tmp_path_factory.mktemp("exposed")
-    workspace = open_workspace(folder / "ws")
-    url = tracking.connect(workspace, keep=False)
-    with tracking.start_run("shown", "one") as run:
-        mlflow.log_metric("accuracy", 0.75)
-        mlflow.log_text("hello", "note.txt")
-    client = mlflow.MlflowClient()
-    client.create_registered_model("there")
-    client.create_model_version("there", f"runs:/{run.info.run_id}/note.txt", run.info.run_id)
-    users = ",".join(USERS)
-    with environment(UI_USERS=users), exposed(workspace, cloud, folder) as address:
-
-        def session(user=None, password=None):
-            asking = requests.Session()
-            asking.trust_env = False
-            asking.proxies = {"https": cloud.proxy_url}
-            asking.verify = str(cloud.ca_file)
-            asking.headers["ngrok-skip-browser-warning"] = "1"
-            if user:
-                asking.auth = (user, password or credentials.password_of(workspace, user))
-            return asking
-
-        yield SimpleNamespace(
-            url=address.url,
-            local=url,
-            host=urlsplit(address.url).netloc,
-            workspace=workspace,
-            session=session,
-            run_id=run.info.run_id,
-            experiment_id=run.info.experiment_id,
-            version="1",
-        )
 
 
 @pytest.fixture(autouse=True)
@@ -271,19 +233,85 @@ def test_reader_changes_nothing(public):
     assert not list(public.workspace.artifacts.rglob("x.txt"))
 
 
-def test_editor_logs_and_registers_and_does_not_manage(public):
+def make_own(asking, public, name, **experiment):
+    """Make an experiment, a run, a file and a model with a version; return the run's id."""
+
+    def post(action, content, method="POST"):
+        response = asking.request(method, f"{public.url}{API}/{action}", json=content)
+        assert response.status_code == 200, (action, response.text)
+        return response.json()
+
+    made = post("experiments/create", {"name": name, **experiment})
+    run_id = post("runs/create", made)["run"]["info"]["run_id"]
+    post("runs/log-metric", metric("a", public) | {"run_id": run_id})
+    post("runs/set-tag", {"run_id": run_id, "key": "a", "value": "b"})
+    place = f"{made['experiment_id']}/{run_id}/artifacts/model.txt"
+    address = f"{public.url}/api/2.0/mlflow-artifacts/artifacts/{place}"
+    assert asking.put(address, data=b"good").status_code == 200
+    post("registered-models/create", {"name": name})
+    source = {"source": f"mlflow-artifacts:/{place}", "run_id": run_id}
+    version = {"name": name, "version": "1"}
+    post("model-versions/create", {"name": name, **source})
+    post("model-versions/update", {**version, "description": "x"}, "PATCH")
+    return run_id, address
+
+
+def promote(asking, public, name):
+    version = {"name": name, "version": "1"}
+    for action, content in (
+        ("model-versions/transition-stage", {**version, "stage": "Production"}),
+        ("registered-models/alias", {**version, "alias": "production"}),
+    ):
+        answer = asking.post(f"{public.url}{API}/{action}", json=content)
+        assert answer.status_code == 200, answer.text
+
+
+def test_editor_logs_registers_and_promotes_what_is_its_own(public):
+    asking = public.session("editor")
+    run_id, _ = make_own(asking, public, "of_editor")
+    promote(asking, public, "of_editor")
+    version = mlflow.MlflowClient().get_model_version_by_alias("of_editor", "production")
+    assert version.current_stage == "Production"
+    assert asking.post(f"{public.url}{API}/runs/delete", json={"run_id": run_id}).ok
+
+
+def test_editor_changes_nothing_of_others(public):
     asking = public.session("editor")
     editing, managing = changes(public)
-    for method, path, content in editing:
-        if not path.endswith("model-versions/create"):
+    for method, path, content in (*editing, *managing):
+        if content != {"name": "new"}:
             response = asking.request(method, public.url + path, json=content)
-            assert response.status_code == 200, (path, response.text)
-    for method, path, content in managing:
-        response = asking.request(method, public.url + path, json=content)
-        assert response.status_code == 403, path
-    client = mlflow.MlflowClient()
-    assert client.get_model_version_by_alias("there", "production").current_stage == "Production"
+            assert response.status_code == 403, (path, response.text)
     assert last(public, user="editor", outcome="role")["status"] == 403
+
+
+@pytest.mark.parametrize("owner", ["editor", "boss"])
+def test_editor_takes_no_production_model_away(public, owner):
+    name, editor = f"taken_{owner}", public.session("editor")
+    run_id, address = make_own(public.session(owner), public, name)
+    promote(public.session(owner), public, name)
+    attacks = [
+        ("POST", "registered-models/rename", {"name": name, "new_name": f"{name}_2"}),
+        ("DELETE", "registered-models/delete", {"name": name}),
+        ("DELETE", "model-versions/delete", {"name": name, "version": "1"}),
+    ]
+    for method, action, content in attacks:
+        for body in (json.dumps(content), json.dumps(json.dumps(content))):
+            headers = {"Content-Type": "application/json"}
+            answer = editor.request(
+                method, f"{public.url}{API}/{action}", data=body, headers=headers
+            )
+            assert answer.status_code in (400, 403), (action, answer.text)
+    for path in (address, address.replace("/model.txt", "/model.txt/.%2fx"), address + "/more"):
+        assert editor.put(path, data=b"bad").status_code == 403, path
+    folder = address.rsplit("/", 1)[0]
+    for path in (address, folder, folder.rsplit("/", 2)[0]):
+        assert editor.delete(path).status_code == 403, path
+    upload = f"{public.url}/ajax-api/2.0/mlflow/upload-artifact?run_uuid={run_id}&path=model.txt"
+    assert editor.post(upload, data=b"bad").status_code == 403
+    assert editor.get(address).content == b"good"
+    version = mlflow.MlflowClient().get_model_version_by_alias(name, "production")
+    assert version.current_stage == "Production"
 
 
 @pytest.mark.parametrize("user", ["boss", "admin"])
@@ -298,6 +326,29 @@ def test_admin_manages(public, user):
     ):
         response = asking.request(method, f"{public.url}{API}/{action}", json=content)
         assert response.status_code == 200, response.text
+
+
+def test_role_that_was_taken_away_is_gone_at_once(public):
+    asking, address = public.session("boss"), f"{public.url}{API}/registered-models/create"
+    assert asking.post(address, json={"name": "before"}).status_code == 200
+    roles = users.read_rules(public.workspace.access_rules).roles
+    try:
+        # By another program: this server has the account in its memory.
+        with closing(sqlite3.connect(public.workspace.server / "users.db")) as accounts, accounts:
+            accounts.execute("UPDATE users SET is_admin = 0 WHERE username = 'boss'")
+        users.change_rules(public.workspace, roles=roles | {"boss": "reader"})
+        assert asking.post(address, json={"name": "after"}).status_code == 403
+    finally:
+        users.change_rules(public.workspace, roles=roles)
+        with closing(sqlite3.connect(public.workspace.server / "users.db")) as accounts, accounts:
+            accounts.execute("UPDATE users SET is_admin = 1 WHERE username = 'boss'")
+
+
+def test_search_of_a_reader_is_short(public):
+    search = {"experiment_ids": ["1"], "filter": "x" * 2_000_000}
+    address = f"{public.url}{API}/runs/search"
+    assert public.session("reader").post(address, json=search).status_code == 413
+    assert public.session("editor").post(address, json=search).status_code == 400
 
 
 def test_account_that_is_in_no_table_only_looks(public):
@@ -385,7 +436,7 @@ def test_cell_shows_the_public_address_of_the_models(public):
 
 
 @pytest.mark.parametrize(
-    "origin", ["https://evil.example", "null", "http://localhost.evil.example"]
+    "origin", ["https://evil.example", "null", "http://localhost.evil.example", "http://["]
 )
 def test_change_from_another_site_is_refused(public, origin):
     asking = public.session("editor")
@@ -445,23 +496,36 @@ def test_no_file_outside_the_artifacts_is_given_out(public, path):
         assert response.status_code != 200 or "<html" in response.text
 
 
-@pytest.mark.parametrize("place", ["file://{0}", "{0}", "file://localhost{0}"])
-def test_editor_who_points_artifacts_at_files_of_the_machine_sees_none(public, tmp_path, place):
-    (tmp_path / "private.txt").write_text("private words")
-    editor, place = public.session("editor"), place.format(tmp_path)
-    experiment = {"name": f"elsewhere {place}", "artifact_location": place}
-    made = editor.post(f"{public.url}{API}/experiments/create", json=experiment)
-    run = editor.post(f"{public.url}{API}/runs/create", json=made.json()).json()["run"]
-    assert str(tmp_path) in run["info"]["artifact_uri"]
-    run_id = run["info"]["run_id"]
-    listed = editor.get(f"{public.url}{API}/artifacts/list?run_id={run_id}&path=../..")
-    assert "private.txt" not in listed.text
-    editor.post(f"{public.url}{API}/registered-models/create", json={"name": "elsewhere"})
-    version = {"name": "elsewhere", "run_id": run_id, "source": place}
-    assert editor.post(f"{public.url}{API}/model-versions/create", json=version).status_code == 400
-    for path in ("private.txt", "../../private.txt", "%2e%2e/%2e%2e/private.txt"):
-        read = editor.get(f"{public.url}/get-artifact?run_uuid={run_id}&path={path}")
-        assert "private words" not in read.text
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("file:///etc", "/etc", "file://localhost/etc", "s3://bucket/x", "no-such-scheme:/x"),
+        *("mlflow-artifacts://evil.example/1", "http://127.0.0.1:1/x", "mlflow-artifacts:/1/../.."),
+        "mlflow-artifacts:/1/%2e%2e/%2e%2e",
+    ],
+)
+@pytest.mark.parametrize("user", ["editor", "boss"])
+def test_artifacts_lie_in_the_storage_of_the_server_only(public, user, place):
+    asking, name = public.session(user), f"elsewhere {user}"
+    asking.post(f"{public.url}{API}/registered-models/create", json={"name": name})
+    trace = {"trace_id": "tr-x", "tags": {"mlflow.artifactLocation": place}}
+    for path, content in (
+        ("2.0/mlflow/experiments/create", {"name": place, "artifact_location": place}),
+        ("2.0/mlflow/experiments/create", {"name": place, "artifactLocation": place}),
+        ("2.0/mlflow/model-versions/create", {"name": name, "source": place}),
+        ("3.0/mlflow/traces", {"trace": {"trace_info": trace}}),
+    ):
+        answer = asking.post(f"{public.url}/api/{path}", json=content)
+        assert answer.status_code == 400, (path, answer.text)
+        assert "mlflow-artifacts:/" in answer.text
+    assert mlflow.MlflowClient().get_experiment_by_name(place) is None
+
+
+def test_editor_puts_no_artifacts_among_those_of_others(public):
+    place = f"mlflow-artifacts:/{public.experiment_id}/{public.run_id}/artifacts"
+    experiment = {"name": "among others", "artifact_location": place}
+    made = public.session("editor").post(f"{public.url}{API}/experiments/create", json=experiment)
+    assert made.status_code == 403
 
 
 def test_header_that_is_too_long_does_not_stop_the_server(public):
@@ -486,11 +550,11 @@ def test_assistant_that_can_run_commands_is_not_offered_from_outside(public):
 
 
 def test_log_says_who_did_what_from_where(public):
-    editor = public.session("editor")
+    boss = public.session("boss")
     headers = {"X-Forwarded-For": "203.0.113.99"}
     address = f"{public.url}{API}/runs/log-metric"
-    editor.post(address, json=metric("seen", public), headers=headers)
-    line = last(public, user="editor", path=f"{API}/runs/log-metric")
+    boss.post(address, json=metric("seen", public), headers=headers)
+    line = last(public, user="boss", path=f"{API}/runs/log-metric")
     assert (line["method"], line["status"], line["outcome"]) == ("POST", 200, "ok")
     assert line["kind"] == "change"
     assert line["host"] == public.host
@@ -581,5 +645,5 @@ def test_pages_are_compressed_and_short_answers_are_not(public):
 def test_artifact_is_handed_on_as_it_is(public):
     content = b"0123456789" * 100_000
     address = f"/api/2.0/mlflow-artifacts/artifacts/{public.experiment_id}/big.txt"
-    public.session("editor").put(public.url + address, data=content)
+    public.session("boss").put(public.url + address, data=content)
     assert sent(public, address) == (None, len(content), content)
