@@ -10,7 +10,14 @@ from filelock import FileLock
 from IPython.core.inputtransformer2 import TransformerManager
 
 from helpers.series import MODELS, STEPS
-from helpers.workspace import PROJECT_ROOT, MissingStepError, Workspace, atomic_path, file_digest
+from helpers.workspace import (
+    PROJECT_ROOT,
+    MissingStepError,
+    ProjectError,
+    Workspace,
+    atomic_path,
+    file_digest,
+)
 
 HELPERS = PROJECT_ROOT / "helpers"
 # Whether the UI is public, and where everything is: no result depends on that.
@@ -86,8 +93,24 @@ class Record:
         self.path = workspace.executed / "state.json"
 
     def read(self) -> dict[str, str | None]:
-        """Return the fingerprints of the steps done, by number."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
+        """Return the fingerprints of the steps done, by number.
+
+        Raises
+        ------
+        helpers.workspace.ProjectError
+            If the file is damaged.
+        """
+        try:
+            state = json.loads(self.path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            state = None
+        if not isinstance(state, dict):
+            raise ProjectError(
+                f"{self.path} is damaged and stays as it is. Delete it, and every step runs again."
+            )
+        return state
 
     def set(self, number: str, fingerprint: str | None) -> None:
         """Note that a step is done, or with None that it is not."""

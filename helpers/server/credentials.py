@@ -77,9 +77,27 @@ def ask_secret(name: str, explanation: str) -> str | None:
 
 
 def stored_secrets(workspace: Workspace) -> dict[str, str]:
-    """Return every secret that was made for a workspace, by name."""
+    """Return every secret that was made for a workspace, by name.
+
+    Raises
+    ------
+    AccessError
+        If their file is damaged.
+    """
     path = workspace.passwords
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        known = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(each, str) for each in known.values()):
+        raise AccessError(
+            f"{path} is damaged and stays as it is. Correct it, or move it to another folder, "
+            f"stop the servers (python -m helpers.server --stop) and run this again: new "
+            "passwords are made."
+        )
+    return known
 
 
 def stored_secret(workspace: Workspace, name: str) -> str:

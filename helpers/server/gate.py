@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helpers.server import credentials, http, users
 from helpers.server.activity import SCORING_PATH, ActivityLog, is_look, kind_of
-from helpers.server.processes import ServerProcess, read_state
+from helpers.server.processes import ServerError, ServerProcess, read_state
 from helpers.server.protected import ForbiddenError, Protected
 from helpers.workspace import Workspace
 
@@ -354,7 +354,9 @@ class Scoring:
         body = await http.read_body(request)
         if body is None:
             raise RejectedError(413, "error", "Send fewer rows per request.")
-        process = read_state(self._workspace.scoring)
+        process = None
+        with suppress(ServerError):
+            process = read_state(self._workspace.scoring)
         if process is None:
             message = "The scoring server does not run: python -m helpers.serving starts it."
             raise RejectedError(503, "error", message)

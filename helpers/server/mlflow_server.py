@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from helpers.server import credentials, users
-from helpers.server.processes import ServerError, ServerProcess, Service, answers
+from helpers.server import credentials, store, users
+from helpers.server.processes import ServerError, ServerProcess, Service, answers, read_state
 from helpers.workspace import ProjectError, Workspace, open_workspace
 
 PORT = 5000
@@ -29,7 +29,23 @@ def service(workspace: Workspace) -> Service:
 
 
 def start_server(workspace: Workspace, port: int = PORT, keep: bool | None = None) -> ServerProcess:
-    """Find the workspace's server or start one; see `helpers.server.processes.Service.start`."""
+    """Find the workspace's server or start one; see `helpers.server.processes.Service.start`.
+
+    Raises
+    ------
+    helpers.server.store.StoreError
+        If none runs and a database is damaged.
+    """
+    if read_state(workspace.server) is None:
+        for path, way_out in {
+            workspace.tracking_db: "Move it to another folder and run this again: where there is "
+            "a safe copy, a notebook that runs from the top fetches what was saved, else the "
+            "server begins with an empty one.",
+            workspace.server / "users.db": "Move it to another folder and run this again: the "
+            "accounts are made anew; who made what on the server is then forgotten, and only "
+            "admins change it.",
+        }.items():
+            store.check(path, way_out)
     return service(workspace).start(port, keep)
 
 

@@ -89,11 +89,23 @@ def is_running(pid: int, created: float) -> bool:
 
 
 def read_state(folder: Path) -> ServerProcess | None:
-    """Return the process that runs, as noted in the folder of a service, or None."""
+    """Return the process that runs, as noted in the folder of a service, or None.
+
+    Raises
+    ------
+    ServerError
+        If the note is damaged.
+    """
     path = folder / STATE
     if not path.is_file():
         return None
-    process = ServerProcess(**json.loads(path.read_text(encoding="utf-8")))
+    try:
+        process = ServerProcess(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise ServerError(
+            f"{path} is damaged, so nobody knows whether this server runs. Restart the machine "
+            "or end the server's process, delete the file, and run this again."
+        ) from None
     return process if process.alive else None
 
 

@@ -16,7 +16,30 @@ from helpers.workspace import ProjectError, atomic_path
 
 
 class StoreError(ProjectError):
-    """The database was made by a newer MLflow than the one installed."""
+    """A database is damaged, or was made by a newer MLflow than the one installed."""
+
+
+def check(path: Path, way_out: str) -> None:
+    """Look whether a database, if it is there, can be read; nothing in it is changed.
+
+    Raises
+    ------
+    StoreError
+        If it is damaged; names it and the way out.
+    """
+    if not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(path)) as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+            (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError:
+        raise  # Such as a full disk: the database is not to blame.
+    except sqlite3.DatabaseError as error:
+        found, tables = str(error), 0
+    if found != "ok" or not tables:
+        reason = "it is empty" if found == "ok" else found.split("\n")[-1]
+        raise StoreError(f"{path} is damaged ({reason}) and stays as it is. {way_out}")
 
 
 def schema_version(path: Path) -> str | None:

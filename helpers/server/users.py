@@ -84,7 +84,16 @@ def read_rules(path: Path) -> AccessRules:
 def change_rules(workspace: Workspace, **changes) -> None:
     """Change attributes of the `AccessRules`; they hold from the server's next request on."""
     with private_lock(workspace.server / "access.lock"):
-        rules = replace(read_rules(workspace.access_rules), **changes)
+        path = workspace.access_rules
+        try:
+            rules = AccessRules(**json.loads(path.read_bytes())) if path.exists() else AccessRules()
+        except (ValueError, TypeError):
+            raise AccessError(
+                f"{path} is damaged and stays as it is; nobody gets in without a "
+                "password. Move it to another folder and run this again: the roles are made anew "
+                "from UI_USERS."
+            ) from None
+        rules = replace(rules, **changes)
         write_private(workspace.access_rules, asdict(rules))
 
 
