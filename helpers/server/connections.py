@@ -26,10 +26,12 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport) -> None:
         """Start to watch it, in the place of another one if there are too many."""
+        self.transport = transport
         if len(self.connections) >= MOST_CONNECTIONS:
             waiting = [each for each in self.connections if not each.is_busy]
             oldest = min(waiting, key=lambda each: each.since, default=None)
-            (oldest.transport if waiting else transport).abort()
+            self.connections.discard(oldest)
+            (oldest or self).transport.abort()
         super().connection_made(transport)
         self.since, self._begun, self._blocked = self.loop.time(), False, None
         self._watch()

@@ -29,7 +29,7 @@ from helpers.workspace import Workspace
 
 SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
-DRAIN_TIMEOUT = 10  # seconds that this may take
+DRAIN_TIMEOUT = 2  # seconds that this may take
 MOST_OF_A_READER = 1_000_000  # bytes of a search
 SCORING_TIMEOUT = 120  # seconds for the scoring server's answer
 MOST_WRONG = 20  # wrong passwords of one user from one outside address, until a minute's pause

@@ -1,5 +1,6 @@
 """The gate, asked from outside: through the tunnel's https edge, in front of a real server."""
 
+import asyncio
 import json
 import queue
 import re
@@ -7,12 +8,14 @@ import socket
 import sqlite3
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import mlflow
+import numpy as np
 import psutil
 import pytest
 import requests
@@ -20,6 +23,7 @@ from mlflow.server.handlers import get_endpoints
 
 from helpers import tracking
 from helpers.server import activity, credentials, processes, tunnel, users
+from helpers.server.gate import Gate
 from helpers.server.http import basic_header
 from tests.scoring import serve_here
 
@@ -126,6 +130,59 @@ def test_guessing_a_password_is_stopped_for_that_user_and_address_only(public):
     assert guess("198.51.100.10", "editor") == 401
     assert guess("198.51.100.9", "reader", password) == 200
     assert last(public, outcome="too many")["address"] == "198.51.100.9"
+
+
+def test_unknown_user_takes_as_long_as_a_wrong_password(public):
+    def times(users):
+        taken = []
+        for user in users:
+            start = time.perf_counter()
+            assert requests.get(f"{public.local}/version", auth=(user, "guess")).status_code == 401
+            taken.append(time.perf_counter() - start)
+        return np.median(taken)
+
+    known = times(["editor"] * 3)
+    assert times([f"nobody{number}" for number in range(3)]) > known / 2
+
+
+def test_many_long_names_take_no_memory(workspace):
+    workspace.server.mkdir()
+    nobody = SimpleNamespace(authenticate=lambda *account: None)
+    users.change_rules(workspace, sign_in=True)
+    gate = Gate(None, nobody, None, workspace, 5000)
+
+    async def guess():
+        for number in range(1_000):
+            account = basic_header(f"{number:04}" + "\N{PILE OF POO}" * 2_500, "x")
+            headers = [(b"host", b"localhost:5000"), (b"authorization", account.encode())]
+            scope = {"type": "http", "method": "GET", "path": "/", "headers": headers}
+            messages = []
+
+            async def receive():
+                return {"type": "http.request"}
+
+            async def send(message):
+                messages.append(message)  # noqa: B023
+
+            await gate(scope, receive, send)
+            assert messages[0]["status"] == 401
+
+    tracemalloc.start()
+    try:
+        asyncio.run(guess())
+        assert tracemalloc.get_traced_memory()[0] < 2 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_rejection_does_not_wait_for_a_body_that_never_comes(public):
+    address = urlsplit(public.local)
+    account = basic_header("reader", credentials.password_of(public.workspace, "reader"))
+    request = f"POST /gateway/x/mlflow/invocations HTTP/1.1\r\nHost: {public.host}\r\n"
+    request += f"Authorization: {account}\r\nContent-Length: 10\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=8) as connection:
+        connection.sendall(request.encode())
+        assert b" 403" in connection.recv(1000).split(b"\r\n")[0]
 
 
 # --- under which name --------------------------------------------------------------------------
@@ -459,6 +516,13 @@ def test_change_from_a_page_of_the_server_itself_is_taken(public):
     assert "access-control-allow-origin" not in read.headers
 
 
+def test_change_from_another_site_is_refused_however_it_is_written(public):
+    asking, address = public.session("editor"), f"{public.url}{API}/experiments/create"
+    for value in ("cross-site", "Cross-Site"):
+        answer = asking.post(address, json={"name": value}, headers={"Sec-Fetch-Site": value})
+        assert answer.status_code == 403
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -561,6 +625,16 @@ def test_log_says_who_did_what_from_where(public):
     assert line["duration"] > 0
     # What a client claims to be forwarded for is not believed; the edge adds what it sees.
     assert line["address"] == "127.0.0.1"
+
+
+def test_address_is_what_the_last_proxy_says(public):
+    address = urlsplit(public.local)
+    request = f"GET /two-lines HTTP/1.1\r\nHost: {public.host}\r\n"
+    request += "X-Forwarded-For: 198.51.100.1\r\nX-Forwarded-For: 198.51.100.2\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port), timeout=10) as connection:
+        connection.sendall(request.encode())
+        assert b" 401" in connection.recv(1000)
+    assert last(public, path="/two-lines")["address"] == "198.51.100.2"
 
 
 def test_log_says_what_was_turned_away(public):
