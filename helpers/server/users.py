@@ -30,7 +30,7 @@ LOCAL = "local"  # how the activity log names who came from this machine without
 
 ROLES = {
     "reader": "sees everything, changes nothing",
-    "editor": "logs runs, registers and promotes models",
+    "editor": "logs runs, registers and promotes models of its own",
     "admin": "everything, also deleting and managing users",
 }
 
