@@ -1,6 +1,6 @@
 """Metrics on the test rows, the confusion matrix, and the comparison of models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -21,8 +21,6 @@ METRIC_NAMES = {  # where a person reads them
     "drifted_columns": "drifted columns",
 }
 HEADLINE = ("accuracy", "f1_macro", "log_loss", "roc_auc_ovr")
-
-
 SCORES = ("precision", "recall", "f1")
 
 
@@ -88,6 +86,40 @@ def _roc_auc(y_true: np.ndarray, probabilities: np.ndarray, labels: Sequence) ->
     if len(labels) == 2:
         return roc_auc_score(y_true == labels[1], probabilities[:, 1])
     return roc_auc_score(y_true, probabilities, multi_class="ovr", labels=labels)
+
+
+def bootstrap_interval(
+    score: Callable[[np.ndarray, np.ndarray], float],
+    y_true,
+    y_pred_or_proba,
+    *,
+    seed: int,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a score over rows.
+
+    One draw of the rows is in memory at a time; `scipy.stats.bootstrap` holds all of them.
+
+    Parameters
+    ----------
+    score
+        Of drawn labels and answers, such as a metric of scikit-learn; give it its ``labels``,
+        as a draw may lack a class.
+    y_true : array-like, shape (n_rows,)
+    y_pred_or_proba : array-like, shape (n_rows,) or (n_rows, n_columns)
+        What `score` takes: labels, probabilities, or the answers of two models to be compared on
+        the same draws.
+    level
+        Share of the draws between the two bounds.
+    """
+    y_true, answers = np.asarray(y_true), np.asarray(y_pred_or_proba)
+    rng, n_rows = np.random.default_rng(seed), len(y_true)
+    draws = (rng.integers(0, n_rows, n_rows) for _ in range(n_resamples))
+    low, high = np.quantile(
+        [score(y_true[rows], answers[rows]) for rows in draws], [(1 - level) / 2, (1 + level) / 2]
+    )
+    return float(low), float(high)
 
 
 def majority_baseline(y_train: pd.Series, y_test: pd.Series, labels: Sequence) -> dict[str, float]:

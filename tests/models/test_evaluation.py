@@ -12,7 +12,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from helpers.models.evaluation import compute_metrics
+from helpers.models.evaluation import bootstrap_interval, compute_metrics
 
 
 def test_logged_metrics_are_those_of_the_model_loaded_back(logged, small_split):
@@ -48,3 +48,25 @@ def test_metrics_are_those_of_scikit_learn_and_each_class_has_a_name_of_its_own(
             assert metrics[f"{score}_{average}"] == function(truth, guess, average=average)
         each = function(truth, guess, average=None, labels=labels)
         assert [metrics[f"{score}_{name}"] for name in names] == each.tolist()
+
+
+def test_bootstrap_interval_is_as_wide_as_theory_says_and_takes_probabilities_and_pairs():
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 2, 400)
+    guess = np.where(rng.random(400) < 0.8, truth, 1 - truth)
+    accuracy = accuracy_score(truth, guess)
+    low, high = bootstrap_interval(accuracy_score, truth, guess, seed=0)
+    half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / 400)
+    assert (low, high) == pytest.approx((accuracy - half, accuracy + half), abs=0.006)
+    assert (low, high) == bootstrap_interval(accuracy_score, truth, guess, seed=0)
+    narrow = bootstrap_interval(accuracy_score, truth, guess, seed=0, level=0.5)
+    assert low < narrow[0] < accuracy < narrow[1] < high
+    chances = np.column_stack([1 - guess, guess]) * 0.8 + 0.1
+    low, high = bootstrap_interval(log_loss, truth, chances, seed=0, n_resamples=100)
+    assert low < log_loss(truth, chances) < high
+
+    def gain(y_true, both):
+        return accuracy_score(y_true, both[:, 0]) - accuracy_score(y_true, both[:, 1])
+
+    same = np.column_stack([guess, guess])
+    assert bootstrap_interval(gain, truth, same, seed=0, n_resamples=50) == (0, 0)
