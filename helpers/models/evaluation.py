@@ -16,11 +16,12 @@ METRIC_NAMES = {  # where a person reads them
     "accuracy": "accuracy",
     "f1_macro": "macro F1",
     "log_loss": "log loss",
+    "brier": "Brier score",
     "roc_auc_ovr": "ROC AUC, one class against the rest",
     "calibration_error": "calibration error",
     "drifted_columns": "drifted columns",
 }
-HEADLINE = ("accuracy", "f1_macro", "log_loss", "roc_auc_ovr")
+HEADLINE = ("accuracy", "f1_macro", "log_loss", "brier", "roc_auc_ovr")
 SCORES = ("precision", "recall", "f1")
 
 
@@ -61,15 +62,18 @@ def compute_metrics(y_true, answer: pd.DataFrame, labels: Sequence) -> dict[str,
     -------
     dict of str to float
         ``accuracy``, ``f1_micro``, ``precision_micro``, ``recall_micro``, the same macro,
-        ``precision_<label>``, ``recall_<label>``, ``f1_<label>``, ``log_loss`` (nats) and
+        ``precision_<label>``, ``recall_<label>``, ``f1_<label>``, ``log_loss`` (nats), ``brier``
+        (squared errors of the probabilities, summed over the classes: 0 to 2) and
         ``roc_auc_ovr`` (macro average of one class against the rest). Characters of a label
         that MLflow does not allow are ``_``; a name that is taken then gets a number.
     """
     probabilities = answer[[f"probability_{label}" for label in labels]].to_numpy()
     y_true, y_pred = np.asarray(y_true), answer["prediction"].to_numpy()
+    truth = y_true[:, None] == np.asarray(labels)
     metrics = {
         "accuracy": accuracy_score(y_true, y_pred),
         "log_loss": log_loss(y_true, probabilities, labels=labels),
+        "brier": np.square(probabilities - truth).sum(axis=1).mean(),
         "roc_auc_ovr": _roc_auc(y_true, probabilities, labels),
     }
     score = partial(precision_recall_fscore_support, y_true, y_pred, labels=labels, zero_division=0)
