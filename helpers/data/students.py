@@ -20,3 +20,11 @@ _COLUMNS = pd.read_csv(Path(__file__).with_name("students.csv"), index_col="colu
 
 STUDENT_COLUMNS: dict[str, str] = _COLUMNS["meaning"].to_dict()
 STUDENT_CATEGORICAL = tuple(_COLUMNS.index[_COLUMNS["role"] == "category"])
+# Groups whose metrics are compared: the name of a group by value, or where numbers are cut.
+STUDENT_GROUPS: dict[str, dict] = {
+    "Gender": {"levels": {"0": "female", "1": "male"}},
+    "Age at enrollment": {"edges": [21, 26]},
+    "Nacionality": {"levels": {"1": "home"}},
+    "Scholarship holder": {"levels": {"0": "none", "1": "scholarship"}},
+    "Displaced": {"levels": {"0": "at home", "1": "away from home"}},
+}
