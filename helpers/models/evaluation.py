@@ -135,7 +135,19 @@ def majority_baseline(y_train: pd.Series, y_test: pd.Series, labels: Sequence) -
     return compute_metrics(y_test, answer, labels)
 
 
-def metrics_table(metrics: dict[str, dict], names: Sequence[str] = ()) -> pd.DataFrame:
-    """Return metrics by model as a table: one row per metric, or per name, one column per model."""
+def metrics_table(
+    metrics: dict[str, dict], names: Sequence[str] = (), intervals: dict[str, dict] | None = None
+) -> pd.DataFrame:
+    """Return metrics by model as a table: one row per metric, or per name, one column per model.
+
+    With `intervals`, the ends by model and metric, as texts: where there are some, in brackets.
+    """
     table = pd.DataFrame(metrics)
-    return table.loc[list(names)] if names else table
+    table = table.loc[list(names)] if names else table
+    if intervals is None:
+        return table
+    texts = table.map("{:.4f}".format)
+    for model, ends in intervals.items():
+        for name in texts.index.intersection(list(ends)):
+            texts.loc[name, model] += " ({:.3f} to {:.3f})".format(*ends[name])
+    return texts

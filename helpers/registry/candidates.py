@@ -1,5 +1,6 @@
 """What may go to Production, and what it is compared with there."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,9 @@ from helpers import series, tracking
 from helpers.data import Split
 from helpers.display import notice
 from helpers.models.evaluation import compute_metrics
+from helpers.registry.certainty import calibration_curve, difference, intervals
+from helpers.registry.explanations import Explanation
+from helpers.registry.groups import GroupReport, alarm_label
 from helpers.registry.production import LOAD_ERRORS, metrics_of, number_of, production_version
 from helpers.registry.robustness import Robustness
 from helpers.workspace import MissingStepError
@@ -25,14 +29,16 @@ MIN_UNSEEN = 30  # test rows new to the version in Production, to measure it on 
 class Candidate:
     """A trained model on its way to Production under the name of a registered model.
 
-    `robustness` is None if not measured; `measures` are the metrics of the majority class and
-    the promotion rules that it was checked by, empty before.
+    `robustness`, `explanation` and `groups` are None if not measured; `measures` are the metrics
+    of the majority class and the promotion rules that it was checked by, empty before.
     """
 
     name: str
     run: Run
     split: Split = field(repr=False)
     robustness: Robustness | None = field(default=None, repr=False)
+    explanation: Explanation | None = field(default=None, repr=False)
+    groups: GroupReport | None = field(default=None, repr=False)
     measures: tuple = field(default=(), repr=False)
 
     @property
@@ -56,6 +62,11 @@ class Candidate:
         return self.model.predict(self.split.X_test)
 
     @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """The 95 % intervals of some of its metrics, see `helpers.registry.certainty`."""
+        return intervals(self.split, self.answer)
+
+    @cached_property
     def champion(self) -> "Champion | None":
         """What is in Production under its name."""
         version = production_version(self.name)
@@ -73,12 +84,24 @@ class Candidate:
         if rows is None:
             basis = "its own test rows (too few of these are known to be new to it)"
             return self.metrics, metrics_of(champion.version), basis
-        X, y = split.X_test[rows], split.y_test[rows]
-        production = compute_metrics(y, champion.model.predict(X), split.labels)
+        y = split.y_test[rows]
+        production = compute_metrics(y, champion.answer, split.labels)
         if rows.all():
             return self.metrics, production, "the same test rows"
         own = compute_metrics(y, self.answer[rows], split.labels)
         return own, production, f"the {len(y):,} test rows that are new to it"
+
+    @cached_property
+    def gain(self) -> tuple[float, float, float] | None:
+        """Its macro F1 less the champion's on the same rows, and the ends of the 95 % interval.
+
+        None where there are no such rows.
+        """
+        rows = self.champion.new_rows
+        if rows is None:
+            return None
+        answers = self.answer["prediction"][rows], self.champion.answer["prediction"]
+        return difference(self.split, *answers, rows)
 
 
 @dataclass
@@ -103,6 +126,11 @@ class Champion:
             return tracking.load_model(f"models:/{self.version.name}/{self.version.version}")
         except LOAD_ERRORS:
             return None
+
+    @cached_property
+    def answer(self) -> pd.DataFrame:
+        """Its answer to those of the test rows that are new to it."""
+        return self.model.predict(self.split.X_test[self.new_rows])
 
     @property
     def same_columns(self) -> bool:
@@ -157,6 +185,31 @@ def find_candidates(split: Split) -> dict[str, Candidate]:
             f"Not trained yet on the prepared data: run notebook {' and '.join(missing)} first."
         )
     return candidates
+
+
+def intervals_by_model(candidates: dict[str, Candidate]) -> dict[str, dict]:
+    """Return the intervals of the metrics of candidates, without those that do not load."""
+    found = {}
+    for name, candidate in candidates.items():
+        with suppress(*LOAD_ERRORS):
+            found[name] = candidate.intervals
+    return found
+
+
+def calibration_curves(
+    candidates: dict[str, Candidate], alarm_class: str | None
+) -> dict[str, pd.DataFrame]:
+    """Return the calibration curves of candidates, without those that do not load.
+
+    Of the class that matters, as in `helpers.registry.groups.alarm_label`; where none does, of
+    the predicted class.
+    """
+    found = {}
+    for name, candidate in candidates.items():
+        label = alarm_label(candidate.split, alarm_class)
+        with suppress(*LOAD_ERRORS):
+            found[name] = calibration_curve(candidate.split, candidate.answer, label)
+    return found
 
 
 def comparison(

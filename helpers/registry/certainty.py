@@ -1,0 +1,103 @@
+"""How sure the figures of a candidate are: intervals, calibration, and the difference to another.
+
+The intervals are those of the bootstrap over the test rows.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom
+
+from helpers.data import Split
+from helpers.models.evaluation import bootstrap_interval
+
+BINS = 10  # of equally many rows, for the calibration curve
+QUANTILES = (0.025, 0.975)  # of an interval of 95 %
+TINY = np.finfo("float64").eps  # as scikit-learn's log loss
+
+
+def intervals(split: Split, answer: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """Return the 95 % intervals of the metrics of an answer to the test rows.
+
+    Of ``accuracy``, ``f1_macro``, ``log_loss`` and ``brier``, which are quick to compute for a
+    thousand draws; the area under the ROC curve is not.
+    """
+    truth, guess = split.encode(split.y_test), split.encode(answer["prediction"])
+    probabilities = answer[[f"probability_{label}" for label in split.labels]].to_numpy()
+    errors = np.square(probabilities - np.eye(len(split.labels))[truth]).sum(axis=1)
+    losses = -np.log(np.clip(probabilities[np.arange(len(truth)), truth], TINY, 1))
+    rows = {"accuracy": truth == guess, "log_loss": losses, "brier": errors}
+    found = {
+        name: bootstrap_interval(lambda _, values: values.mean(), truth, values, seed=0)
+        for name, values in rows.items()
+    }
+    return found | {"f1_macro": bootstrap_interval(macro_f1(split), truth, guess, seed=0)}
+
+
+def macro_f1(split: Split) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return a function of the positions of true and predicted labels, quick for many draws."""
+    n = len(split.labels)
+
+    def score(truth, guess):
+        pairs = np.bincount(truth * n + guess, minlength=n * n).reshape(n, n)
+        both = np.maximum(pairs.sum(axis=0) + pairs.sum(axis=1), 1)
+        return float(np.mean(2 * pairs.diagonal() / both))
+
+    return score
+
+
+def difference(
+    split: Split, own: pd.Series, other: pd.Series, rows: np.ndarray
+) -> tuple[float, float, float]:
+    """Return by how much macro F1 is higher with one model's predictions than with another's.
+
+    Both answered the same rows, those of the test rows that `rows` says, so most of the chance in
+    which rows these are falls out of the difference.
+
+    Returns
+    -------
+    size, low, high : float
+        The difference and the ends of its 95 % interval.
+    """
+    score, truth = macro_f1(split), split.encode(split.y_test[rows])
+    guesses = np.column_stack([split.encode(own), split.encode(other)])
+
+    def gain(truth, guesses):
+        return score(truth, guesses[:, 0]) - score(truth, guesses[:, 1])
+
+    return gain(truth, guesses), *bootstrap_interval(gain, truth, guesses, seed=0)
+
+
+def calibration_curve(split: Split, answer: pd.DataFrame, label=None) -> pd.DataFrame:
+    """Compare how sure an answer is with how often it is right, in bins of equally many rows.
+
+    Parameters
+    ----------
+    split : helpers.data.Split
+    answer : pandas.DataFrame
+        To the test rows.
+    label
+        The class whose probability is compared with its share; None: the probability of the
+        predicted class with the share of right predictions.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row per bin: ``rows``, mean ``probability``, ``share``, and the ends ``low`` and ``high``
+        of the share's interval.
+    """
+    truth = split.y_test.to_numpy()
+    if label is None:
+        named = answer[[f"probability_{each}" for each in split.labels]]
+        probability, hit = named.max(axis=1), answer["prediction"].to_numpy() == truth
+    else:
+        probability, hit = answer[f"probability_{label}"], truth == label
+    rows = pd.DataFrame({"probability": probability.to_numpy(), "share": hit})
+    bins = pd.qcut(rows["probability"], BINS, labels=False, duplicates="drop")
+    curve = rows.groupby(bins).mean()
+    curve.insert(0, "rows", bins.value_counts())
+    low, high = (
+        binom.ppf(each, curve["rows"], curve["share"]) / curve["rows"] for each in QUANTILES
+    )
+    return curve.assign(low=low, high=high).reset_index(drop=True)
