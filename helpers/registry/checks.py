@@ -12,13 +12,14 @@ from mlflow.exceptions import MlflowException
 
 from helpers.display import COLOURS
 from helpers.models.evaluation import compute_metrics
-from helpers.registry import behaviour
+from helpers.registry import behaviour, environment
 from helpers.registry.behaviour import NO_CONDITION, CheckFailedError
 from helpers.registry.candidates import Candidate
 from helpers.registry.production import LOAD_ERRORS
 
 LOADS = "loads back and answers"  # the first check: what fails it is not registered
 REPRODUCED = 1e-4  # largest difference between a logged metric and the same one recomputed
+WARNING = "warning: "  # in front of a finding that is no reason to refuse, but one to look
 SUM_TOLERANCE = 1e-6  # how far the probabilities of a row may be from summing to 1
 
 
@@ -31,18 +32,25 @@ class PromotionRules:
     min_gain : float
         Accuracy that a candidate must have above the majority class.
     max_loss : float
-        Macro F1 that it may be below the version in Production. Above 0, because the same
-        training on another machine differs by a few rows.
+        Macro F1 that it may be below the version in Production, and more where that may be
+        chance. Above 0, because the same training on another machine differs by a few rows.
     allow_replace : bool
         Promote even where Production was trained on another kind of table.
     min_robustness : float
         Share of attacked rows whose answer must hold, see `helpers.registry.robustness`; 0: any.
+    max_gap : float
+        Largest difference between groups in the recall of the class that matters, where it is
+        surely there, see `helpers.registry.groups`; 1: any.
+    check_environment : bool
+        Whether it must answer in an environment made from its logged requirements alone.
     """
 
     min_gain: float
     max_loss: float
     allow_replace: bool
     min_robustness: float
+    max_gap: float = 1.0
+    check_environment: bool = False
 
 
 def _require(condition: bool, finding: str) -> str:
@@ -110,6 +118,24 @@ def _check_robustness(candidate, baseline, rules):
     return _require(holds >= wanted, f"{finding}, needed {wanted:.0%} (MIN_ROBUSTNESS)")
 
 
+def _check_groups(candidate, baseline, rules):
+    report = candidate.groups
+    if report is None:
+        return f"{NO_CONDITION}not measured"
+    if report.gap is None:
+        return f"{NO_CONDITION}{report}"
+    if not report.gap.sure:
+        return str(report)
+    _require(report.gap.size <= rules.max_gap, f"{report}, above {rules.max_gap:g} (MAX_GAP)")
+    return f"{WARNING}{report}"
+
+
+def _check_environment(candidate, baseline, rules):
+    if not rules.check_environment:
+        return f"{NO_CONDITION}not asked for (CHECK_ENVIRONMENT)"
+    return environment.check(candidate.model_uri, candidate.split, candidate.answer)
+
+
 def _check_replaceable(candidate, baseline, rules):
     champion = candidate.champion
     if champion is None:
@@ -140,9 +166,21 @@ def _check_champion(candidate, baseline, rules):
         why = "takes other columns" if champion.model else "does not load"
         return f"{NO_CONDITION}{champion} {why}: there is nothing to compare with"
     own, production, basis = candidate.beside_champion
-    score, floor = own["f1_macro"], production["f1_macro"] - rules.max_loss
-    finding = f"macro F1 {score:.4f}, needed {floor:.4f} ({champion} on {basis}, less MAX_LOSS)"
-    return _require(score >= floor, finding)
+    score, gain = own["f1_macro"], candidate.gain
+    size = score - production["f1_macro"]
+    finding = f"macro F1 {score:.4f}, {size:+.4f} against {champion} on {basis}"
+    if gain is None:
+        return _require(
+            size >= -rules.max_loss, f"{finding}, allowed -{rules.max_loss:g} (MAX_LOSS)"
+        )
+    size, low, high = gain
+    finding += f", 95 % interval of the difference {low:+.4f} to {high:+.4f}"
+    if size >= -rules.max_loss:
+        return f"{finding}: not below it by more than MAX_LOSS"
+    _require(
+        high >= 0, f"{finding}: surely below it, and by more than {rules.max_loss:g} (MAX_LOSS)"
+    )
+    return f"{WARNING}{finding}: below it by more than MAX_LOSS, but perhaps by chance"
 
 
 def _behaviour(check):
@@ -161,8 +199,11 @@ CHECKS = {
     "direction": _behaviour(behaviour.check_directions),
     "invariance": _behaviour(behaviour.check_invariances),
     "robustness": _check_robustness,
+    "gap between groups": _check_groups,
     "may replace Production": _check_replaceable,
     "not worse than Production": _check_champion,
+    # Last: it takes a minute.
+    "runs elsewhere": _check_environment,
 }
 
 
@@ -204,8 +245,13 @@ def check_candidates(
 
 
 def colour_checks(row: pd.Series) -> list[str]:
-    """Colour a row of the table of checks: green passed, red failed, grey could not fail."""
+    """Colour a row of the table of checks: green passed, red failed, grey could not fail.
+
+    Orange is what passed with a warning.
+    """
     colour = COLOURS["good" if row["passed"] else "bad"]
+    if row["finding"].startswith(WARNING):
+        colour = COLOURS["warning"]
     if row["finding"].startswith(NO_CONDITION):
         colour = "grey"
     return [f"color: {colour}"] * len(row)

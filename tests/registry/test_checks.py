@@ -31,8 +31,10 @@ def test_good_candidate_passes_every_check_and_one_that_cannot_fail_is_grey(mode
         "minimum functionality",
         "direction",
         "robustness",
+        "gap between groups",
         "may replace Production",
         "not worse than Production",
+        "runs elsewhere",
     }
     assert colours(checks) == {"grey": grey, "good": set(CHECKS) - grey}
 
