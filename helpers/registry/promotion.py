@@ -1,10 +1,12 @@
 """Putting a version in Production, and taking the one before back."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import mlflow
 import pandas as pd
@@ -14,6 +16,7 @@ from mlflow.exceptions import MlflowException
 from helpers import tracking
 from helpers.display import notice
 from helpers.registry.candidates import Candidate
+from helpers.registry.card import write_card
 from helpers.registry.checks import LOADS, check_candidate
 from helpers.registry.history import production_line, recorded
 from helpers.registry.production import (
@@ -111,15 +114,19 @@ class _Placement:
 
 @contextmanager
 def promoting(
-    candidate: Candidate, checks: pd.DataFrame, reason: str, by: str | None = None
+    candidate: Candidate,
+    checks: pd.DataFrame,
+    reason: str,
+    by: str | None = None,
+    language: Literal["en", "es"] = "en",
 ) -> Iterator[Promotion]:
     """Guard the lines of a cell that register a candidate and put it in Production.
 
     Before the block the checks (from `check_candidates`) are made anew where another version
     went into Production since, and what the monitoring compares with later is logged. After
-    the block the version gets its description and tags, and the history a run, with the reason
-    and who promotes (`by`; None: the MLflow or system user). After an error, an interrupt, or a
-    block that lacks a line Production is as it was.
+    the block the version gets its card, in English or Spanish, and tags, and the history a run,
+    with the reason and who promotes (`by`; None: the MLflow or system user). After an error, an
+    interrupt, or a block that lacks a line Production is as it was.
 
     Raises
     ------
@@ -156,7 +163,7 @@ def promoting(
             _settle(name)
     if promotion.loads:
         promotion.version = registered()
-        _describe_version(promotion.version, candidate, failed)
+        _describe_version(promotion.version, candidate, table, language)
     why = "; ".join(f"{title}: {finding}" for title, finding in failed["finding"].items())
     promotion.decision = {
         "version": number_of(promotion.version),
@@ -181,22 +188,28 @@ def _version_of(candidate: Candidate) -> ModelVersion | None:
     return next(found, None)
 
 
-def _describe_version(version: ModelVersion, candidate: Candidate, failed: pd.DataFrame) -> None:
-    """Give a version its description and tags; what is there is not written again."""
-    client, manifest, metrics = mlflow.MlflowClient(), candidate.split.manifest, candidate.metrics
-    outcome = f"failed: {', '.join(failed.index)}" if len(failed) else "passed"
-    tags = {**tracking.data_tags(manifest), "checks": outcome}
-    if tags.items() <= version.tags.items():
-        return
-    sample = "Trained on the SYNTHETIC sample; for practice only. " if manifest["synthetic"] else ""
-    description = (
-        f"{sample}Trained on {manifest['train_rows']:,} rows of {manifest['source']}; accuracy "
-        f"{metrics['accuracy']:.4f}, macro F1 {metrics['f1_macro']:.4f} on "
-        f"{manifest['test_rows']:,} test rows."
-    )
-    client.update_model_version(version.name, version.version, description)
+def _describe_version(
+    version: ModelVersion, candidate: Candidate, checks: pd.DataFrame, language: str
+) -> None:
+    """Give a version its card and tags.
+
+    What is there is not written again, and a description that somebody changed stays.
+    """
+    client, failed = mlflow.MlflowClient(), checks.index[~checks["passed"]]
+    outcome = f"failed: {', '.join(failed)}" if len(failed) else "passed"
+    tags = {**tracking.data_tags(candidate.split.manifest), "checks": outcome}
+    card, before = write_card(candidate, number_of(version), checks, language), version.description
+    if not before or version.tags.get("card") == _digest(before):
+        tags["card"] = _digest(card)
+        if card != before:
+            client.update_model_version(version.name, version.version, card)
     for key, value in tags.items():
-        client.set_model_version_tag(version.name, version.version, key, value)
+        if version.tags.get(key) != value:
+            client.set_model_version_tag(version.name, version.version, key, value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextmanager
