@@ -96,6 +96,8 @@ BOUNDS = {
     "MAX_LOSS": Bounds(0, 1),
     "MIN_ROBUSTNESS": Bounds(0, 1),
     "ATTACKED_ROWS": Bounds(0),
+    "MAX_GAP": Bounds(0, 1),
+    "CARD_LANGUAGE": Bounds(choices=("en", "es")),
     "PERIOD": Bounds(choices=("h", "D", "W", "M")),
 }
 

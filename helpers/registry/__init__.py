@@ -1,12 +1,20 @@
 """Notebook 04: register, check, promote, roll back, and the history of it all."""
 
-from helpers.registry.candidates import Candidate, comparison, find_candidates
+from helpers.registry.candidates import (
+    Candidate,
+    calibration_curves,
+    comparison,
+    find_candidates,
+    intervals_by_model,
+)
 from helpers.registry.checks import (
     SUM_TOLERANCE,
     PromotionRules,
     check_candidates,
     colour_checks,
 )
+from helpers.registry.explanations import explain_candidates
+from helpers.registry.groups import group_labels, make_grouping, measure_groups
 from helpers.registry.history import history
 from helpers.registry.production import (
     ALIAS,
@@ -28,12 +36,18 @@ __all__ = [
     "Candidate",
     "PromotionRules",
     "attack_candidates",
+    "calibration_curves",
     "check_candidates",
     "colour_checks",
     "comparison",
+    "explain_candidates",
     "find_candidates",
+    "group_labels",
     "history",
+    "intervals_by_model",
     "load_production",
+    "make_grouping",
+    "measure_groups",
     "models_table",
     "production_version",
     "promote",
