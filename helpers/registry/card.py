@@ -57,13 +57,13 @@ def write_card(
 
 
 def _facts(candidate: "Candidate", version: str, checks: pd.DataFrame) -> dict:
-    split, run, metrics = candidate.split, candidate.run, candidate.metrics
-    recalls = {
-        f"recall of {label}": metrics[f"recall_{name}"]
+    split, run = candidate.split, candidate.run
+    names = {name: name for name in HEADLINE} | {
+        f"recall_{name}": f"recall of {label}"
         for label, name in zip(split.labels, class_names(split.labels), strict=True)
     }
-    shown = {name: metrics[name] for name in HEADLINE} | recalls
-    requirements = mlflow.artifacts.load_text(f"{candidate.model_uri}/requirements.txt")
+    logged = mlflow.MlflowClient().get_logged_model(run.outputs.model_outputs[-1].model_id)
+    requirements = mlflow.artifacts.load_text(f"{logged.artifact_location}/requirements.txt")
     explanation, found = candidate.explanation, checks["finding"].str
     warned = found.startswith(WARNING)
     model = MODELS.get(candidate.name)
@@ -75,7 +75,10 @@ def _facts(candidate: "Candidate", version: str, checks: pd.DataFrame) -> dict:
         "students": split.students,
         "uci": UCI,
         "n_columns": split.X_test.shape[1],
-        "metrics": [(name, shown[name], candidate.intervals.get(name)) for name in shown],
+        "metrics": [
+            (shown, candidate.metrics[name], candidate.intervals.get(name))
+            for name, shown in names.items()
+        ],
         "calibration": calibration(split.y_test, candidate.answer, split.labels),
         **_groups(candidate.groups),
         "deciding": explanation and list(explanation.deciding["mean"].head(MOST_NAMED).items()),

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy.stats import binom
 
 from helpers.data import Split
-from helpers.models.evaluation import bootstrap_interval
+from helpers.models.evaluation import bootstrap_interval, class_names
 
 BINS = 10  # of equally many rows, for the calibration curve
 QUANTILES = (0.025, 0.975)  # of an interval of 95 %
@@ -20,17 +20,19 @@ TINY = np.finfo("float64").eps  # as scikit-learn's log loss
 def intervals(split: Split, answer: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """Return the 95 % intervals of the metrics of an answer to the test rows.
 
-    Of ``accuracy``, ``f1_macro``, ``log_loss`` and ``brier``, which are quick to compute for a
-    thousand draws; the area under the ROC curve is not.
+    Of ``accuracy``, ``f1_macro``, ``log_loss``, ``brier`` and each ``recall_<label>``, which are
+    quick to compute for a thousand draws; the area under the ROC curve is not.
     """
     truth, guess = split.encode(split.y_test), split.encode(answer["prediction"])
     probabilities = answer[[f"probability_{label}" for label in split.labels]].to_numpy()
     errors = np.square(probabilities - np.eye(len(split.labels))[truth]).sum(axis=1)
     losses = -np.log(np.clip(probabilities[np.arange(len(truth)), truth], TINY, 1))
-    rows = {"accuracy": truth == guess, "log_loss": losses, "brier": errors}
+    means = {"accuracy": truth == guess, "log_loss": losses, "brier": errors}
+    for number, name in enumerate(class_names(split.labels)):
+        means[f"recall_{name}"] = guess[truth == number] == number
     found = {
-        name: bootstrap_interval(lambda _, values: values.mean(), truth, values, seed=0)
-        for name, values in rows.items()
+        name: bootstrap_interval(lambda _, rows: rows.mean(), rows, rows, seed=0)
+        for name, rows in means.items()
     }
     return found | {"f1_macro": bootstrap_interval(macro_f1(split), truth, guess, seed=0)}
 

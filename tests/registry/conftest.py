@@ -119,6 +119,9 @@ class RegisteredModel:
     def candidate(self, run, split=None, robustness=None):
         return Candidate(self.name, run, split or self.runs.split, robustness)
 
+    def rules(self, **changes):
+        return replace(RULES, **changes)
+
     def check(self, run, split=None, robustness=None, **rules):
         """Return a candidate and the table of its checks."""
         candidate = self.candidate(run, split, robustness)

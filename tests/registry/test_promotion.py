@@ -25,7 +25,7 @@ def test_good_candidate_gets_alias_and_stage(model, runs):
     assert version.tags["checks"] == "passed"
     assert version.tags["data_digest"] == runs.split.manifest["digest"]
     accuracy = runs.good[0].data.metrics["accuracy"]
-    assert f"accuracy {accuracy:.4f}" in version.description
+    assert f"| accuracy | {accuracy:.4f} |" in version.description
     answer = registry.load_production(model.name).predict(runs.split.X_test)
     assert (answer["prediction"] == runs.split.y_test).mean() == pytest.approx(accuracy)
 
