@@ -212,6 +212,7 @@ def test_the_way_of_the_deployment_document(public, cloud, tmp_path):
     production = {row[0]: row[1:4] for row in seen["models"]}
     for name in (*RUNS, walkthrough.BY_HAND):
         assert production[name] == ["Version 1", "—", "Version 1"]
+    assert seen["card"] == ["metric", "value", "95 % interval"]
     # The browser's own probing of MLflow's assistant is all that was refused.
     assert all("/assistant/" in address for _, _, address in seen["refused"])
     with connected(workspace.root) as client:

@@ -143,8 +143,8 @@ class Gap:
 
     def __str__(self):
         return (
-            f"{self.size:.2f} ({self.low:.2f} to {self.high:.2f}) by {self.column!r}, "
-            f"{self.better!r} above {self.worse!r}"
+            f"{self.size:.2f} ({self.low:.2f} to {self.high:.2f}) by {self.column!r}: higher for "
+            f"{self.better!r} than for {self.worse!r}"
         )
 
 

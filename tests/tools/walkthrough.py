@@ -258,6 +258,12 @@ class Walk:
         self.page.get_by_text("Production", exact=True).first.wait_for()
         self._shoot(done)
 
+    def card(self, name):
+        """The page of version 1 → its description; return the headings of the tables in it."""
+        self.page.goto(f"{self.url}/#/models/{name}/versions/1")
+        self.page.get_by_text("Brier score").first.wait_for()
+        return self.page.locator("table").first.locator("th").all_inner_texts()
+
 
 def walk(page, url, folder):
     """Walk the whole way; return what was seen on it.
@@ -272,8 +278,8 @@ def walk(page, url, folder):
     -------
     dict
         ``metrics`` and ``files`` of the network's run, ``svm`` (parameters and metrics),
-        ``matrices`` (widths of the pictures), ``models`` (rows of the Models page, at the end)
-        and ``refused`` requests.
+        ``matrices`` (widths of the pictures), ``models`` (rows of the Models page, at the end),
+        ``card`` (headings of the first table of a model card) and ``refused`` requests.
     """
     way, seen = Walk(page, url, folder), {}
     way.open()
@@ -290,6 +296,7 @@ def walk(page, url, folder):
     way.run("svm")
     seen["svm"] = way.metrics("14_svm", "Parameters (")
     seen["matrices"].append(way.confusion_matrix("15_svm_confusion_matrix"))
+    seen["card"] = way.card("model_svm_rbf")
     return {**seen, "refused": way.refused}
 
 
