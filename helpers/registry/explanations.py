@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from helpers.registry.candidates import Candidate
 
-SHUFFLED_ROWS = 200  # test rows in which each column is shuffled
-REPEATS = 4  # times that it is
-SAMPLES = 60  # orders of the columns in which each value of a row is put in place
+SHUFFLED_ROWS = 150  # test rows in which each column is shuffled
+REPEATS = 3  # times that it is
+SAMPLES = 40  # orders of the columns in which each value of a row is put in place
 BACKGROUND_ROWS = 100  # training rows whose values stand for "not known"
 MOST_NAMED = 3  # columns named in a sentence
 

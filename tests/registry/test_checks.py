@@ -100,6 +100,31 @@ def test_candidate_may_be_worse_than_production_by_max_loss(model, runs, max_los
     assert failed(checks) == (["not worse than Production"] if refused else [])
 
 
+@pytest.mark.parametrize(
+    ("gain", "colour", "finding"),
+    [
+        ((-0.02, -0.03, -0.011), "bad", "surely below it, and by more than 0.01 (MAX_LOSS)"),
+        (
+            (-0.02, -0.05, 0.01),
+            "warning",
+            "-0.0500 to +0.0100: below it by more than MAX_LOSS, but",
+        ),
+        ((-0.005, -0.008, -0.002), "good", "not below it by more than MAX_LOSS"),
+    ],
+)
+def test_production_is_surely_better_or_it_is_no_reason_to_refuse(
+    model, runs, gain, colour, finding
+):
+    model.register(runs.good[0])
+    model.promote(1)
+    candidate = model.candidate(runs.good[1])
+    assert candidate.gain == (0, 0, 0)
+    candidate.gain = gain
+    checks = check_candidate(candidate, runs.baseline, RULES)
+    assert "not worse than Production" in colours(checks)[colour]
+    assert finding in checks["finding"]["not worse than Production"]
+
+
 def test_candidate_with_other_columns_is_refused_unless_replacing_is_allowed(model, runs):
     model.register(runs.good[0])
     model.promote(1)
