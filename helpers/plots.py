@@ -337,14 +337,16 @@ def _bars(axes: Axes, metric: str, values: Iterable[float], colours: dict[str, s
 
 
 @_picture
-def comparison(metrics: dict[str, dict[str, float]], intervals: dict[str, dict]) -> Figure:
+def comparison(
+    metrics: dict[str, dict[str, float]], intervals: dict[str, dict] | None = None
+) -> Figure:
     """Draw the metrics of several models, by model, side by side; as lines the `intervals`."""
     colours = _model_colours(list(metrics))
     figure, panels = _panels(3, 3, 0.6 * len(metrics), rest=1.1, sharey=True)
     for axes, name in zip(panels, COMPARED_METRICS, strict=True):
         _bars(axes, name, [of.get(name) for of in metrics.values()], colours)
         for place, model in enumerate(metrics):
-            if ends := intervals.get(model, {}).get(name):
+            if ends := (intervals or {}).get(model, {}).get(name):
                 axes.hlines(place, *ends, color="black", linewidth=2)
     figure.suptitle("Measured on the test rows (line: 95 % interval)")
     return figure

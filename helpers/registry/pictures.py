@@ -102,7 +102,7 @@ def calibration(curves: dict[str, pd.DataFrame], title: str) -> Figure:
         ends = np.abs(curve[["low", "high"]].T - curve["share"])
         look = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "elinewidth": 1}
         axes.errorbar(curve["probability"], curve["share"], ends, label=name, **look)
-    axes.set(xlabel="probability (mean of a bin)", ylabel="share of the rows that are", title=title)
+    axes.set(xlabel="probability (mean of a bin)", ylabel="observed share", title=title)
     axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     axes.legend(loc="upper left")
     return figure
