@@ -49,12 +49,12 @@ def test_connecting_leaves_no_variable_that_would_name_a_server(running_server):
     del os.environ["MLFLOW_TRACKING_URI"]
     tracking.connect(running_server.workspace, keep=False)
     assert "MLFLOW_TRACKING_URI" not in os.environ
-    assert os.environ[tracking.USER] == credentials.NOTEBOOKS
+    assert os.environ[runs.USER] == credentials.NOTEBOOKS
 
 
-def test_scoring_server_does_not_wait_for_the_import_of_pictures_and_networks():
+def test_clients_do_not_wait_for_the_import_of_pictures_and_networks():
     code = (
-        "import sys, helpers.tracking\n"
+        "import sys, helpers.tracking, helpers.models.interface\n"
         "assert not {'matplotlib', 'seaborn', 'tensorflow', 'keras'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)

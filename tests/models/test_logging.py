@@ -8,14 +8,15 @@ import mlflow
 
 from helpers import tracking
 from helpers.server import credentials
+from helpers.tracking.runs import USER
 
 
 def test_empty_tracking_uri_names_no_server(tracking_server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
-    monkeypatch.delenv(tracking.USER, raising=False)
+    monkeypatch.delenv(USER, raising=False)
     assert tracking.connect(tracking_server.workspace, keep=False) == tracking_server.url
     assert "MLFLOW_TRACKING_URI" not in os.environ
-    assert os.environ[tracking.USER] == credentials.NOTEBOOKS
+    assert os.environ[USER] == credentials.NOTEBOOKS
 
 
 def test_run_says_what_it_ran_on_and_was_trained_on(logged, small_split):

@@ -9,17 +9,24 @@ import mlflow
 import numpy as np
 import pytest
 
-from helpers import display, tracking
+from helpers import display
 from helpers.models import cnn
-from helpers.workspace import ParameterError
+from helpers.tracking.logged_models import ModelError
+from helpers.workspace import ParameterError, open_workspace
 from tests.cells import train_network
 
-QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8, "steps": 200}
-LONGER = {**QUICK, "steps": 600}
+QUICK = {"EPOCHS": 4, "BATCH_SIZE": 16, "FILTERS": 8, "steps": 1}
 
 
-def test_network_is_the_documented_one(small_split, workspace, tracking_server):
-    made = train_network(small_split, workspace, **QUICK, KERNEL_SIZE=5)
+@pytest.fixture(scope="module")
+def made(small_split, running_server, tmp_path_factory):
+    """What the cells of the notebook make."""
+    running_server.connect()
+    folder = tmp_path_factory.mktemp("network")
+    return train_network(small_split, open_workspace(folder), **QUICK, KERNEL_SIZE=5)
+
+
+def test_network_is_the_documented_one(made, tmp_path, tracking_server):
     assert [type(layer) for layer in made.network.layers] == [
         keras.layers.Reshape,
         keras.layers.Conv1D,
@@ -36,7 +43,7 @@ def test_network_is_the_documented_one(small_split, workspace, tracking_server):
     assert len(table) == made.epochs
     params = mlflow.get_run(made.run.info.run_id).data.params
     (path,) = Path(
-        mlflow.artifacts.download_artifacts(made.model_info.model_uri, dst_path=workspace.root)
+        mlflow.artifacts.download_artifacts(made.model_info.model_uri, dst_path=tmp_path)
     ).rglob("network.keras")
     stored = keras.saving.load_model(path)
     sizes = {
@@ -48,28 +55,23 @@ def test_network_is_the_documented_one(small_split, workspace, tracking_server):
 
 
 def test_same_seed_gives_the_same_network_whatever_the_test_rows(
-    small_split, workspace, tracking_server
+    made, small_split, workspace, tracking_server
 ):
     spoilt = small_split.X_test.assign(length=1e6, width=-1e6, age=10**6, city="nowhere")
     changed = replace(small_split, X_test=spoilt, y_test=small_split.y_test[::-1])
-    first, second = (train_network(split, workspace, **QUICK) for split in (small_split, changed))
-    assert first.history.history == second.history.history
-    for one, two in zip(first.network.get_weights(), second.network.get_weights(), strict=True):
+    again = train_network(changed, workspace, **QUICK, KERNEL_SIZE=5)
+    assert made.history.history == again.history.history
+    for one, two in zip(made.network.get_weights(), again.network.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("n_inputs", [1, 2, 3])
-def test_network_takes_tables_with_very_few_inputs(
-    small_split, workspace, tracking_server, n_inputs
-):
-    names = ["length", "width", "age"][:n_inputs]
-    X_train, X_test = small_split.X_train[names], small_split.X_test[names]
-    manifest = {**small_split.manifest, "categorical": [], "numeric": names}
+def test_network_takes_a_table_with_a_single_input(small_split, workspace, tracking_server):
+    X_train, X_test = small_split.X_train[["length"]], small_split.X_test[["length"]]
+    manifest = {**small_split.manifest, "categorical": [], "numeric": ["length"]}
     split = replace(small_split, X_train=X_train, X_test=X_test, manifest=manifest)
     made = train_network(split, workspace, **QUICK, N_BINS=0)
     params = mlflow.get_run(made.run.info.run_id).data.params
-    sizes = {"n_inputs": n_inputs, "kernel_size": n_inputs, "pool_size": 1}
-    assert {name: int(params[name]) for name in sizes} == sizes
+    assert [params[name] for name in ("n_inputs", "kernel_size", "pool_size")] == ["1"] * 3
 
 
 def test_small_table_gets_enough_steps():
@@ -96,26 +98,35 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
     small_split, workspace, tracking_server, monkeypatch
 ):
     class Pulled(cnn.LogToMlflow):
+        started_at, ends_at = [], 18
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.started_at.append(epoch)
+
         def on_epoch_end(self, epoch, logs=None):
             super().on_epoch_end(epoch, logs)
-            if epoch == 40:
+            if epoch >= self.ends_at:
                 raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+    # A backup every 100 steps; an epoch has 14 of them.
+    settings = {**QUICK, "EPOCHS": 22, "BATCH_SIZE": 8}
+    caught = {}
+    with monkeypatch.context() as patch:
         patch.setattr(cnn, "LogToMlflow", Pulled)
-        train_network(small_split, workspace, **LONGER)
+        for seed in (0, 1):
+            Pulled.started_at.clear()
+            with pytest.raises(KeyboardInterrupt) as caught[seed]:
+                train_network(small_split, workspace, **settings, SEED=seed)
+            assert Pulled.started_at[0] == 0
+            Pulled.ends_at = 0
     # As in a kernel.
-    shell = SimpleNamespace(showtraceback=lambda error: None)
-    display._show_interrupt(shell, KeyboardInterrupt, caught.value, None)
-    first = {}
-    for seed in (1, 0):
-        made = train_network(small_split, workspace, **LONGER, SEED=seed)
-        losses = mlflow.MlflowClient().get_metric_history(made.run.info.run_id, "train_loss")
-        first[seed] = losses[0].step
-        assert losses[-1].step == made.epochs
-    assert first[1] == 1
-    assert 20 < first[0] <= 41
-    assert caught.value.advice == f"run the cell again, it goes on after epoch {first[0] - 1}"
+    shell, error = SimpleNamespace(showtraceback=lambda error: None), caught[0].value
+    display._show_interrupt(shell, KeyboardInterrupt, error, None)
+    made = train_network(small_split, workspace, **settings)
+    losses = mlflow.MlflowClient().get_metric_history(made.run.info.run_id, "train_loss")
+    assert 8 < losses[0].step <= 19
+    assert losses[-1].step == made.epochs == 22
+    assert error.advice == f"run the cell again, it goes on after epoch {losses[0].step - 1}"
     other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
     one, two = (
         cnn.backup_folder(workspace.training, split, made.network, seed=0)
@@ -132,5 +143,5 @@ def test_network_that_answers_otherwise_once_converted_is_not_logged(
     monkeypatch.setattr(
         cnn, "to_litert", lambda network: convert(keras.models.clone_model(network))
     )
-    with pytest.raises(tracking.ModelError, match="answers otherwise"):
+    with pytest.raises(ModelError, match="answers otherwise"):
         train_network(small_split, workspace, **QUICK)

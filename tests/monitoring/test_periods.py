@@ -10,9 +10,10 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from helpers import monitoring, plots, registry
+from helpers import monitoring, plots
 from helpers.monitoring.alerting import AlertError
 from helpers.monitoring.labels import LabelsError, read_labels
+from helpers.registry.production import ALIAS
 from helpers.serving import scored_rows
 from helpers.workspace import PROJECT_ROOT
 from tests.scoring import SVM, serve_here
@@ -58,7 +59,7 @@ def test_label_that_is_no_class_is_said_and_left_out(watched, promoted, capsys):
 def test_version_that_was_deleted_is_left_out(watched, promoted, capsys):
     watched.score("old", *promoted.stream(2))
     client = mlflow.MlflowClient()
-    client.delete_registered_model_alias(watched.name, registry.ALIAS)
+    client.delete_registered_model_alias(watched.name, ALIAS)
     with pytest.warns(FutureWarning):
         client.transition_model_version_stage(watched.name, watched.version, "Archived")
     client.delete_model_version(watched.name, watched.version)

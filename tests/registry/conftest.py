@@ -13,11 +13,12 @@ from sklearn.dummy import DummyClassifier
 from helpers import data, registry, tracking
 from helpers.models.evaluation import majority_baseline
 from helpers.models.interface import TabularPreprocessor
-from helpers.registry import Candidate, PromotionRules
+from helpers.registry import PromotionRules
+from helpers.registry.candidates import Candidate
 from helpers.registry.robustness import Robustness
 from tests.cells import run_cells
 from tests.conftest import split_table
-from tests.scoring import fit_svm
+from tests.scoring import PASSED, fit_svm, put_in_production
 
 RULES = PromotionRules(min_gain=0.02, max_loss=0.01, allow_replace=False, min_robustness=0.0)
 HALF_HOLDS = Robustness(np.array([1.0, np.nan] * 5), pd.Series(dtype=float))
@@ -133,6 +134,14 @@ class RegisteredModel:
     def findings(self, *arguments, **options):
         """Return the checks of one candidate."""
         return self.check(*arguments, **options)[1].loc[self.name]
+
+    def passed(self, run):
+        """Return a candidate and a table of checks that it passed, without making them."""
+        return self.candidate(run), pd.concat({self.name: PASSED})
+
+    def put(self, run):
+        """Put a run in Production without checks."""
+        return put_in_production(self.name, run, self.runs.split)
 
     def try_to_promote(self, run, split=None, **rules):
         """Check and promote one candidate; return the checks and the decision."""

@@ -54,7 +54,7 @@ def test_promoting_a_version_that_is_not_there_is_refused(model, runs):
 
 
 def test_refused_candidate_is_registered_and_production_stays(model, runs):
-    model.try_to_promote(runs.good[0])
+    model.put(runs.good[0])
     _, decision = model.try_to_promote(runs.weak)
     assert (decision["version"], decision["decision"]) == ("2", "refused")
     assert "not worse than Production" in decision["why"]
@@ -85,7 +85,7 @@ def test_reference_for_the_monitoring_is_logged_with_the_run(model, runs):
 def test_candidate_is_checked_again_where_production_changed_since(model, runs, capsys):
     candidate, checks = model.check(runs.weak)
     assert failed(checks) == []
-    model.try_to_promote(runs.good[0])
+    model.put(runs.good[0])
     decision = promote_by_cell(candidate, checks)
     assert "version 1 went into Production meanwhile; checked again" in capsys.readouterr().out
     assert decision["decision"] == "refused"
@@ -130,32 +130,31 @@ def promote_without(candidate, checks, *missing, broken=None):
 
 @pytest.mark.parametrize("call", CALLS)
 def test_cell_without_a_line_is_an_error_and_production_stays(model, runs, call):
-    model.try_to_promote(runs.good[0])
+    model.put(runs.good[0])
     with pytest.raises(RegistryError, match=f"lacks.*{call}"):
-        promote_without(*model.check(runs.good[1]), call)
+        promote_without(*model.passed(runs.good[1]), call)
     registered = {"2": "None"} if call != "register_model" else {}
     assert (model.aliased, model.stages) == ("1", {"1": "Production", **registered})
     assert model.history["result"].tolist() == ["FAILED", "FINISHED"]
-    _, decision = model.try_to_promote(runs.good[1])
-    assert (decision["version"], decision["decision"]) == ("2", "in Production")
+    assert model.put(runs.good[1]).version == "2"
     assert (model.aliased, model.stages) == ("2", {"1": "Archived", "2": "Production"})
 
 
 @pytest.mark.parametrize("call", CALLS[1:])
 def test_cell_without_a_line_is_an_error_for_a_first_and_an_archived_version(model, runs, call):
     with pytest.raises(RegistryError, match=f"lacks {call}"):
-        promote_without(*model.check(runs.good[0]), call)
+        promote_without(*model.passed(runs.good[0]), call)
     assert registry.production_version(model.name) is None
     assert model.stages == {"1": "None"}
     for run in runs.good[:2]:
-        model.try_to_promote(run)
+        model.put(run)
     with pytest.raises(RegistryError, match=f"lacks {call}"):
-        promote_without(*model.check(runs.good[0]), call)
+        promote_without(*model.passed(runs.good[0]), call)
     assert (model.aliased, model.stages) == ("2", {"1": "Archived", "2": "Production"})
 
 
 def test_cell_that_does_not_ask_whether_promotion_is_due_is_an_error(model, runs):
-    model.try_to_promote(runs.good[0])
+    model.put(runs.good[0])
     candidate, checks = model.check(runs.weak)
     for missing in ((), CALLS[1:2], CALLS[2:]):
         with pytest.raises(RegistryError, match="failed a check"):
@@ -167,9 +166,9 @@ def test_cell_that_does_not_ask_whether_promotion_is_due_is_an_error(model, runs
 
 @pytest.mark.parametrize("error", [MlflowException("the disk is full"), KeyboardInterrupt()])
 def test_error_and_interrupt_in_the_cell_are_undone(model, runs, error):
-    model.try_to_promote(runs.good[0])
+    model.put(runs.good[0])
     with pytest.raises(type(error)):
-        promote_without(*model.check(runs.good[1]), broken=error)
+        promote_without(*model.passed(runs.good[1]), broken=error)
     assert (model.aliased, model.stages) == ("1", {"1": "Production", "2": "None"})
     event = model.history.iloc[0]
     assert event["result"] in ("FAILED", "KILLED")
@@ -177,8 +176,8 @@ def test_error_and_interrupt_in_the_cell_are_undone(model, runs, error):
 
 
 def test_error_does_not_undo_what_somebody_else_promoted_meanwhile(model, runs):
-    model.try_to_promote(runs.good[0])
-    candidate, checks = model.check(runs.good[1])
+    model.put(runs.good[0])
+    candidate, checks = model.passed(runs.good[1])
     other = mlflow.register_model(model.candidate(runs.good[2]).model_uri, model.name)
     with (
         pytest.raises(MlflowException, match="the disk is full"),
