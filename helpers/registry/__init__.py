@@ -1,23 +1,16 @@
 """Notebook 04: register, check, promote, roll back, and the history of it all."""
 
 from helpers.registry.candidates import (
-    Candidate,
     calibration_curves,
     comparison,
     find_candidates,
     intervals_by_model,
 )
-from helpers.registry.checks import (
-    SUM_TOLERANCE,
-    PromotionRules,
-    check_candidates,
-    colour_checks,
-)
+from helpers.registry.checks import PromotionRules, check_candidates, colour_checks
 from helpers.registry.explanations import explain_candidates
 from helpers.registry.groups import group_labels, make_grouping, measure_groups
 from helpers.registry.history import history
 from helpers.registry.production import (
-    ALIAS,
     LOAD_ERRORS,
     load_production,
     models_table,
@@ -29,11 +22,8 @@ from helpers.registry.reference import REFERENCE
 from helpers.registry.robustness import attack_candidates
 
 __all__ = [
-    "ALIAS",
     "LOAD_ERRORS",
     "REFERENCE",
-    "SUM_TOLERANCE",
-    "Candidate",
     "PromotionRules",
     "attack_candidates",
     "calibration_curves",

@@ -1,18 +1,13 @@
 """What is kept in MLflow: runs, the rows they were trained on, and logged models."""
 
 from helpers.tracking.logged_models import (
-    INTERFACE,
-    ModelError,
     column_kinds,
     evaluate_logged_model,
     load_model,
     log_model,
-    make_signature,
-    save_parts,
 )
 from helpers.tracking.rows import log_split, row_hashes, training_rows
 from helpers.tracking.runs import (
-    USER,
     connect,
     data_tags,
     is_own,
@@ -25,9 +20,6 @@ from helpers.tracking.runs import (
 from helpers.tracking.search import log_search
 
 __all__ = [
-    "INTERFACE",
-    "USER",
-    "ModelError",
     "column_kinds",
     "connect",
     "data_tags",
@@ -36,13 +28,11 @@ __all__ = [
     "keep_run",
     "latest_run",
     "load_model",
-    "log_search",
     "log_figure",
     "log_model",
+    "log_search",
     "log_split",
-    "make_signature",
     "row_hashes",
-    "save_parts",
     "start_run",
     "training_rows",
     "user_name",
