@@ -74,8 +74,10 @@ def production_version(name: str) -> ModelVersion | None:
 
     By alias; where nobody set the alias (a promotion by hand in the UI), by stage.
     """
-    staged = (version for version in versions_of(name) if version.current_stage == STAGE)
-    return aliased_version(name) or next(staged, None)
+    aliased = aliased_version(name)
+    if aliased is not None:
+        return aliased
+    return next((each for each in versions_of(name) if each.current_stage == STAGE), None)
 
 
 def load_production(name: str) -> PyFuncModel:

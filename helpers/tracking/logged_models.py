@@ -128,7 +128,8 @@ def log_model(split: Split, preprocessing: TabularPreprocessor, model) -> ModelI
 def load_model(uri: str) -> PyFuncModel:
     """Load a model, such as ``models:/model_svm_rbf@production``, as any client would."""
     with silenced_libraries():
-        return mlflow.pyfunc.load_model(uri)
+        # Its warnings, of other versions of a library, take longer to find than the model to load.
+        return mlflow.pyfunc.load_model(uri, suppress_warnings=True)
 
 
 def evaluate_logged_model(model_info: ModelInfo, split: Split) -> tuple[dict, pd.DataFrame]:

@@ -31,11 +31,11 @@ _own: dict[str, str] = {}
 # --- connecting -------------------------------------------------------------------------------
 
 
-def connect(workspace: Workspace, keep: bool | None = None) -> str:
+def connect(workspace: Workspace, keep: bool | None = None, close_runs: bool = True) -> str:
     """Connect MLflow to the team's server or to the workspace's own, and return its URI.
 
-    Runs that this machine left open when it was interrupted are closed on the way. `keep` is
-    that of `helpers.server.start_server`.
+    Runs that this machine left open when it was interrupted are closed on the way, unless
+    `close_runs` is False. `keep` is that of `helpers.server.start_server`.
 
     Raises
     ------
@@ -57,7 +57,8 @@ def connect(workspace: Workspace, keep: bool | None = None) -> str:
         del os.environ[USER], os.environ[PASSWORD]
     _own["series"] = workspace.id
     _quiet()
-    store.close_abandoned_runs(mlflow.MlflowClient())
+    if close_runs:
+        store.close_abandoned_runs(mlflow.MlflowClient())
     return uri
 
 
