@@ -8,6 +8,7 @@ References
 .. [1] https://mlflow.org/docs/latest/ml/deployment/deploy-model-locally/
 """
 
+import gc
 import hmac
 import http
 import json
@@ -16,18 +17,20 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 
 import anyio
 import mlflow
+import numpy as np
+import pandas as pd
 import sklearn
 from mlflow.exceptions import MlflowException
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 
 from helpers import tracking
@@ -37,8 +40,12 @@ from helpers.server.http import LOCAL_HOSTS, MOST_BYTES, basic_credentials, read
 from helpers.serving.inputs import parse
 from helpers.serving.models import LoadedModel, Models
 from helpers.serving.process import service
-from helpers.serving.scored_rows import Recorder
+from helpers.serving.recorder import Recorder
 from helpers.workspace import open_workspace
+
+LONG = 2**20  # bytes of a request that takes long
+LONG_AT_ONCE = 2  # such requests that are scored at the same time
+RECORD = {"true": True, "1": True, "false": False, "0": False}  # values of the query's ``record``
 
 
 class Application:
@@ -60,6 +67,7 @@ class Application:
         hosts: Sequence[str] | None = LOCAL_HOSTS,
     ):
         self.models, self.recorder, self.password, self.hosts = models, recorder, password, hosts
+        self._long = anyio.CapacityLimiter(LONG_AT_ONCE)
 
     def starlette(self) -> Starlette:
         """Return the ASGI application."""
@@ -74,7 +82,7 @@ class Application:
             Mount("/models/{name}", routes=protocol),
             *protocol,
         ]
-        handlers = {HTTPException: _on_http_error}
+        handlers = {HTTPException: _on_http_error, ClientDisconnect: _on_gone_client}
         return Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
 
     @asynccontextmanager
@@ -102,11 +110,13 @@ class Application:
     async def list_models(self, request: Request) -> Response:
         """Tell what is served and what was refused."""
         self._admit(request)
+        recording = await anyio.to_thread.run_sync(self.recorder.state)
         return JSONResponse(
             {
                 "models": [each.describe() for each in list(self.models.loaded.values())],
                 "refused": self.models.refused,
                 "not_recorded": self.recorder.dropped,
+                "recording": recording,
             }
         )
 
@@ -114,18 +124,26 @@ class Application:
         """Answer rows with predictions and probabilities."""
         self._admit(request)
         model = self.models.get(request.path_params.get("name"))
+        recorder = self.recorder if _is_recorded(request) else None
         body = await _read_body(request)
         content_type = request.headers.get("content-type", "")
         request_id = uuid.uuid4().hex
-        recorder = self.recorder if request.query_params.get("record") != "false" else None
-        answer = await run_in_threadpool(score, model, body, content_type, request_id, recorder)
+        # A few long ones must not take all threads.
+        answer = await anyio.to_thread.run_sync(
+            *(score, model, body, content_type, request_id, recorder),
+            limiter=self._long if len(body) > LONG else None,
+        )
         headers = {
             "X-Model-Name": model.name,
             "X-Model-Version": model.version,
             "X-Run-Id": model.run_id,
             "X-Request-Id": request_id,
         }
-        return Response(answer, 200, headers, "application/json")
+        if len(body) <= LONG:
+            return Response(b"".join(answer), 200, headers, "application/json")
+        # In pieces: as a whole it would be copied, and copied again.
+        headers["Content-Length"] = str(sum(map(len, answer)))
+        return StreamingResponse(_in_pieces(answer), 200, headers, "application/json")
 
     def _check_host(self, request: Request) -> None:
         # A page of another site may not reach this server under a name of its own.
@@ -146,31 +164,51 @@ class Application:
 
 def score(
     model: LoadedModel, body: bytes, content_type: str, request_id: str, recorder: Recorder | None
-) -> bytes:
-    """Return the answer to the rows of a request, as JSON.
+) -> list[bytes]:
+    """Return the answer to the rows of a request, as JSON in pieces.
 
     Raises
     ------
     starlette.exceptions.HTTPException
         If the rows cannot be read or are not those of the model.
     """
-    frame = parse(body, content_type, model.columns)
-    if not len(frame):
-        return b'{"predictions": []}'
+    names = ["prediction", *(f"probability_{label}" for label in model.labels)]
+    answer, scored, n_rows = [], [], 0
     try:
-        rows = convert(frame, model.columns)
-        predictions, probabilities = model.classify(rows)
+        for table in parse(body, content_type, model.columns):
+            rows = convert(table, model.columns)
+            predictions, probabilities = model.classify(rows)
+            records = [
+                dict(zip(names, (prediction, *row), strict=True))
+                for prediction, row in zip(predictions, probabilities.tolist(), strict=True)
+            ]
+            answer.append((", " * bool(answer) + json.dumps(records)[1:-1]).encode())
+            if recorder:
+                scored.append((rows, predictions, probabilities))
+                n_rows += len(rows)
+                if n_rows > recorder.most_rows:
+                    recorder.dropped += 1
+                    recorder, scored = None, []
     except MlflowException as error:
         raise HTTPException(400, error.message) from None
-    probabilities = probabilities.tolist()
-    if recorder:
-        recorder.write(request_id, model, rows, predictions, probabilities)
-    names = ["prediction", *(f"probability_{label}" for label in model.labels)]
-    records = [
-        dict(zip(names, (prediction, *row), strict=True))
-        for prediction, row in zip(predictions, probabilities, strict=True)
-    ]
-    return json.dumps({"predictions": records}).encode()
+    if scored:
+        tables, predictions, probabilities = zip(*scored, strict=True)
+        rows = pd.concat(tables) if len(tables) > 1 else tables[0]
+        predictions = list(chain.from_iterable(predictions))
+        recorder.write(request_id, model, rows, predictions, np.concatenate(probabilities))
+    return [b'{"predictions": [', *answer, b"]}"]
+
+
+async def _in_pieces(answer: list[bytes]) -> AsyncIterator[bytes]:
+    for piece in answer:
+        yield piece
+
+
+def _is_recorded(request: Request) -> bool:
+    given = request.query_params.get("record", "true")
+    if given.strip().lower() not in RECORD:
+        raise HTTPException(400, f"record must be true or false, not {given[:20]!r}.")
+    return RECORD[given.strip().lower()]
 
 
 async def _read_body(request: Request) -> bytes:
@@ -189,6 +227,11 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse(content, error.status_code, error.headers)
 
 
+async def _on_gone_client(request: Request, error: ClientDisconnect) -> Response:
+    # Part of a body is no request; nobody reads this answer.
+    return Response(status_code=400)
+
+
 def main() -> None:
     """Run the scoring server in this process until it is ended."""
     options = processes.argument_parser("helpers.serving.app", main.__doc__).parse_args()
@@ -200,7 +243,7 @@ def main() -> None:
     sklearn.set_config(assume_finite=True, skip_parameter_validation=True)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     workspace = open_workspace(options.workspace)
-    tracking.connect(workspace, keep=False)
+    tracking.connect(workspace, keep=False, close_runs=False)
     models = Models()
     models.refresh()
     application = Application(
@@ -209,6 +252,9 @@ def main() -> None:
         credentials.find_secret(credentials.SCORING_PASSWORD),
         LOCAL_HOSTS if options.host in LOCAL_HOSTS else None,
     )
+    # What is there now stays. Without this the garbage collector looks through all of it, the
+    # libraries', whenever a long request made many objects, and every other request waits.
+    gc.freeze()
     processes.serve(application.starlette(), options, service(workspace))
 
 

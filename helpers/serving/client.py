@@ -84,6 +84,8 @@ def connect(url: str, password: str | None = None) -> ScoringClient:
             f"({refused['reason']}).",
             "warning",
         )
+    if content.get("recording", "ok") != "ok":
+        notice(content["recording"], "warning")
     if not content["models"]:
         raise ServingError(
             f"The scoring server at {client.url} serves nothing. Put a working version into "

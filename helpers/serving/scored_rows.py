@@ -1,26 +1,27 @@
 """What production was asked and answered, and the labels that arrive later: a SQLite file.
 
-The scoring server writes here (`Recorder`), `helpers.monitoring` reads. Of a request only the
-columns that the model knows are kept, no address and no user; names that clients send along in
-other columns are not. The oldest rows go when there are too many.
+The scoring server writes here (`helpers.serving.recorder`), `helpers.monitoring` reads. Of a
+request only the columns that the model knows are kept, no address and no user; names that clients
+send along in other columns are not. The oldest rows go when there are too many.
 """
 
 import json
 import os
-import queue
+import re
 import sqlite3
-import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as shortened
 
 import pandas as pd
 
-MOST_ROWS = 200_000  # rows kept; some 10 bytes per number, compressed
-MOST_WAITING = 1_000  # requests that wait to be written; more are counted, not kept
+from helpers.workspace import ProjectError
+
 TIMEOUT = 30  # seconds to wait for another process that writes
+ROW_ID = re.compile(r"\S+-[0-9]{1,9}")
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -35,9 +36,21 @@ CREATE TABLE IF NOT EXISTS alerts (
 """
 
 
-def _open(path: Path) -> sqlite3.Connection:
+class ScoredRowsError(ProjectError):
+    """The file of scored rows cannot be used, or what is no id of a row was asked for."""
+
+
+def is_damage(error: Exception) -> bool:
+    """Tell whether an error of SQLite says that the file is damaged."""
+    # What is wrong with the file itself has no class of its own, such as OperationalError.
+    return type(error) is sqlite3.DatabaseError
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    """Open the file, made if missing."""
     # Rows may be about persons: only the owner may read them.
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     connection = sqlite3.connect(path, timeout=TIMEOUT, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     # A process that is killed loses nothing; a machine without power, the last moments.
@@ -48,107 +61,28 @@ def _open(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def connect(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open the file, made if missing; commit at the end of the block."""
-    with closing(_open(path)) as connection, connection:
-        yield connection
+    """Open the file, made if missing; commit at the end of the block.
+
+    Raises
+    ------
+    ScoredRowsError
+        If it is damaged; says the way out.
+    """
+    try:
+        with closing(open_file(path)) as connection, connection:
+            yield connection
+    except sqlite3.DatabaseError as error:
+        if not is_damage(error):
+            raise
+        raise ScoredRowsError(
+            f"{path} is damaged ({error}). Ask the scoring server for a prediction: it sets the "
+            "file aside, whole, and goes on in a new one. Or put a copy in its place."
+        ) from None
 
 
 def row_ids(request_id: str, n_rows: int) -> list[str]:
     """Return the id of each row of a request: the request's and the position from 0."""
     return [f"{request_id}-{number}" for number in range(n_rows)]
-
-
-class Recorder:
-    """Writes scored requests from a thread of its own, so that no client waits for the disk.
-
-    Parameters
-    ----------
-    most_rows : int
-        When there are more, the oldest requests go.
-
-    Attributes
-    ----------
-    dropped : int
-        Requests that were not kept: too many waited, or the disk was full.
-    """
-
-    def __init__(self, path: Path, most_rows: int = MOST_ROWS):
-        self.path, self.most_rows, self.dropped = path, most_rows, 0
-        self._queue = queue.Queue(MOST_WAITING)
-        # Made here, before anyone reads: two that make a file at once lock each other out.
-        self._connection = _open(path)
-        self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
-        self._thread.start()
-
-    def write(
-        self,
-        request_id: str,
-        model,
-        rows: pd.DataFrame,
-        predictions: list,
-        probabilities: list[list[float]],
-    ) -> None:
-        """Keep a request.
-
-        Parameters
-        ----------
-        model : helpers.serving.models.LoadedModel
-            That answered.
-        rows : pandas.DataFrame, shape (n_rows, n_columns)
-            The columns that the model knows.
-        predictions : list, shape (n_rows,)
-        probabilities : list of list of float, shape (n_rows, n_classes)
-        """
-        try:
-            self._queue.put_nowait(
-                (request_id, time.time(), model, rows, predictions, probabilities)
-            )
-        except queue.Full:
-            self.dropped += 1
-
-    def close(self) -> None:
-        """Write what waits and end the thread."""
-        self._queue.put(None)
-        self._thread.join()
-
-    def _work(self) -> None:
-        with closing(self._connection) as connection:
-            (kept,) = connection.execute("SELECT total(n_rows) FROM requests").fetchone()
-            for request in iter(self._queue.get, None):
-                try:
-                    with connection:
-                        now_kept = kept + _insert(connection, *request)
-                        while now_kept > self.most_rows:
-                            now_kept -= _delete_oldest(connection)
-                    kept = now_kept
-                except sqlite3.Error:
-                    # A full disk, for example: answering goes on.
-                    self.dropped += 1
-
-
-def _insert(connection, request_id, when, model, rows, predictions, probabilities) -> int:
-    """Write a request; return its number of rows."""
-    names = [f"probability_{label}" for label in model.labels]
-    by_class = map(list, zip(*probabilities, strict=True))
-    content = {
-        "rows": {name: rows[name].tolist() for name in rows.columns},
-        "answer": {"prediction": predictions, **dict(zip(names, by_class, strict=True))},
-    }
-    blob = zlib.compress(json.dumps(content).encode(), level=1)
-    values = (request_id, when, model.name, model.version, len(rows), blob)
-    connection.execute("INSERT INTO requests VALUES (?,?,?,?,?,?)", values)
-    return len(rows)
-
-
-def _delete_oldest(connection: sqlite3.Connection) -> int:
-    """Delete the oldest request and its labels; return its number of rows."""
-    # The order of writing needs no index.
-    query = "SELECT id, n_rows FROM requests ORDER BY rowid LIMIT 1"
-    request_id, n_rows = connection.execute(query).fetchone()
-    connection.execute("DELETE FROM requests WHERE id = ?", (request_id,))
-    ids = [(each,) for each in row_ids(request_id, n_rows)]
-    connection.executemany("DELETE FROM labels WHERE id = ?", ids)
-    return n_rows
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -195,13 +129,26 @@ def write_labels(path: Path, labels: dict) -> None:
 
 
 def known_rows(path: Path, ids: Iterable[str]) -> set[str]:
-    """Return those of some ids that belong to scored rows that are still kept."""
+    """Return those of some ids that belong to scored rows that are still kept.
+
+    Raises
+    ------
+    ScoredRowsError
+        If one is no id of a row.
+    """
+    ids = list(ids)
+    strange = next((name for name in ids if not ROW_ID.fullmatch(str(name))), None)
+    if strange is not None:
+        raise ScoredRowsError(
+            f"{shortened(strange)} is no id of a scored row. An id is the X-Request-Id of the "
+            "answer and the position of the row, from 0, joined by a hyphen."
+        )
     with connect(path) as connection:
         sizes = dict(connection.execute("SELECT id, n_rows FROM requests"))
     known = set()
     for name in ids:
         request_id, _, number = str(name).rpartition("-")
-        if number.isdecimal() and int(number) < sizes.get(request_id, 0):
+        if int(number) < sizes.get(request_id, 0):
             known.add(name)
     return known
 

@@ -11,6 +11,7 @@ from sklearn.pipeline import make_pipeline
 from helpers import monitoring, registry, series
 from helpers.registry.reference import make_reference
 from helpers.serving import scored_rows
+from helpers.serving.recorder import Recorder
 from helpers.workspace import open_workspace
 from tests.scoring import SVM, answer_of, fit_svm, log_svm, put_in_production
 
@@ -54,7 +55,7 @@ class Watched:
     def score(self, request_id, rows, answers, labels=None):
         """Keep rows as the scoring server does, and their labels."""
         probabilities = answers.filter(like="probability_").to_numpy().tolist()
-        with closing(scored_rows.Recorder(self.workspace.scored_rows)) as recorder:
+        with closing(Recorder(self.workspace.scored_rows)) as recorder:
             model = SimpleNamespace(name=self.name, version=self.version, labels=self.split.labels)
             recorder.write(request_id, model, rows, answers["prediction"].tolist(), probabilities)
         if labels is not None:

@@ -1,7 +1,7 @@
 from helpers import monitoring, registry, serving
 from helpers.serving.app import Application
 from helpers.serving.models import Models, load
-from helpers.serving.scored_rows import Recorder
+from helpers.serving.recorder import Recorder
 from tests.scoring import serve_here
 
 

@@ -1,10 +1,7 @@
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 
 import mlflow
-import pandas as pd
 import pytest
 import requests
 from mlflow.pyfunc.scoring_server.client import ScoringServerClient
@@ -12,7 +9,7 @@ from mlflow.pyfunc.scoring_server.client import ScoringServerClient
 from helpers import registry, serving
 from helpers.serving.app import Application
 from helpers.serving.models import Models
-from helpers.serving.scored_rows import Recorder
+from helpers.serving.recorder import Recorder
 from helpers.workspace import PROJECT_ROOT
 from tests.scoring import NETWORK, SVM, assert_same, post, serve_here
 
@@ -73,21 +70,3 @@ def test_server_starts_without_libraries_of_training_and_pictures():
         "assert not {'tensorflow', 'keras', 'matplotlib', 'seaborn'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)
-
-
-@pytest.mark.slow
-def test_thousand_requests_of_eight_clients_are_all_answered(served, local_models):
-    rows = served.split.X_test.head(125)
-
-    def ask_one_by_one(number):
-        model = (NETWORK, SVM)[number % 2]
-        with closing(served.client.session()) as session:
-            answers = [
-                serving.ask(served.client, model, rows.iloc[[n]], session) for n in range(len(rows))
-            ]
-        return model, pd.concat(answers, ignore_index=True)
-
-    with ThreadPoolExecutor(8) as pool:
-        for model, answer in pool.map(ask_one_by_one, range(8)):
-            assert len(answer) == 125
-            assert_same(answer, local_models[model].predict(rows))

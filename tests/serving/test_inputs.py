@@ -43,7 +43,7 @@ def test_every_form_gets_the_answer_of_the_loaded_model(served, local_models, mo
 
 def test_texts_of_a_csv_that_look_like_numbers_stay_texts(loaded_svm):
     body = b"length,width,age,city,course\n1,2,30,007,33\n"
-    frame = inputs.parse(body, "text/csv", loaded_svm.columns)
+    (frame,) = inputs.parse(body, "text/csv", loaded_svm.columns)
     assert frame["city"].tolist() == ["007"]
     assert frame["course"].tolist() == [33]
 
@@ -189,4 +189,4 @@ def test_any_json_is_answered_or_refused_with_a_message(loaded_svm, content, for
     except HTTPException as error:
         assert (error.status_code, bool(error.detail)) == (400, True)
     else:
-        assert isinstance(json.loads(answer)["predictions"], list)
+        assert isinstance(json.loads(b"".join(answer))["predictions"], list)

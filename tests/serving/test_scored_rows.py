@@ -1,10 +1,13 @@
-from contextlib import closing
+import shutil
+import subprocess
+from contextlib import closing, suppress
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from helpers.serving import scored_rows
+from helpers.serving.recorder import Recorder
 from tests.series import wait_for
 
 MODEL = SimpleNamespace(name="model", version="1", labels=["high", "low"])
@@ -12,7 +15,7 @@ MODEL = SimpleNamespace(name="model", version="1", labels=["high", "low"])
 
 @pytest.fixture
 def recorder(tmp_path):
-    with closing(scored_rows.Recorder(tmp_path / "scored.db", most_rows=25)) as recorder:
+    with closing(Recorder(tmp_path / "scored.db", most_rows=25)) as recorder:
         yield recorder
 
 
@@ -58,6 +61,102 @@ def test_request_that_cannot_be_written_is_counted_and_the_next_is_kept(recorder
         assert wait_for(lambda: recorder.dropped == 1)
         connection.execute("ALTER TABLE elsewhere RENAME TO requests")
     assert write(recorder, "kept", rows)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "a hole", "half of it"])
+def test_damaged_file_is_set_aside_whole_and_recording_goes_on(tmp_path, damage):
+    path, rows = tmp_path / "scored.db", pd.DataFrame({"age": range(500)})
+    with closing(Recorder(path)) as recorder:
+        for number in range(10):
+            assert write(recorder, f"r{number}", rows)
+        assert recorder.state() == "ok"
+    content = bytearray(path.read_bytes())
+    if damage == "half of it":
+        del content[len(content) // 2 :]
+    else:
+        start = 0 if damage == "garbage" else 4096
+        content[start : start + 20_000] = b"garbage " * 2500
+    path.write_bytes(content)
+    with pytest.raises(scored_rows.ScoredRowsError, match="scored.db is damaged"):
+        scored_rows.read_rows(path, "model")
+    with closing(Recorder(path)) as recorder:
+        assert "scored.db was damaged" in recorder.state()
+        assert write(recorder, "after", rows)
+        assert recorder.dropped == 0
+        (aside,) = tmp_path.glob("scored.damaged-*.db")
+        assert aside.name in recorder.state()
+        assert aside.read_bytes() == content
+
+
+def test_file_that_is_overwritten_or_deleted_meanwhile_is_replaced(recorder):
+    rows = pd.DataFrame({"age": [1]})
+    assert write(recorder, "a", rows)
+    recorder.path.write_bytes(b"garbage " * 1000)
+    recorder.write("b", MODEL, rows, ["low"], [[0.25, 0.75]])
+    assert wait_for(lambda: "was damaged" in recorder.state())
+    assert scored_rows.wait_for(recorder.path, "b-0")
+    for file in recorder.path.parent.glob("scored.db*"):
+        file.unlink()
+    assert write(recorder, "c", rows)
+    assert recorder.dropped == 0
+
+
+def test_request_of_more_rows_than_are_kept_does_not_push_out_the_others(recorder):
+    assert write(recorder, "a", pd.DataFrame({"age": [1]}))
+    rows = pd.DataFrame({"age": range(26)})
+    recorder.write("large", MODEL, rows, ["low"] * 26, [[0.25, 0.75]] * 26)
+    assert recorder.dropped == 1
+    assert scored_rows.known_rows(recorder.path, ["a-0"]) == {"a-0"}
+
+
+@pytest.mark.parametrize("strange", ["", "17", "a-", "a-x", "a-²", float("nan"), "a-" + "9" * 5000])
+def test_id_that_is_none_gets_a_sentence(recorder, strange):
+    with pytest.raises(scored_rows.ScoredRowsError, match="is no id of a scored row"):
+        scored_rows.known_rows(recorder.path, ["a-0", strange])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB of its own; `mount` changes it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if shutil.which("mount") is None or not mount("size=1m"):
+        pytest.skip("no disk can be mounted here")
+    yield folder, mount
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_or_read_only_disk_is_told_and_recording_goes_on_after_it(small_disk):
+    folder, mount = small_disk
+    rows = pd.DataFrame({"age": [1]})
+
+    def lose(recorder, request_id):
+        lost = recorder.dropped
+        recorder.write(request_id, MODEL, rows, ["low"], [[0.25, 0.75]])
+        assert wait_for(lambda: recorder.dropped == lost + 1)
+
+    with closing(Recorder(folder / "scored.db")) as recorder:
+        assert write(recorder, "first", rows)
+        with (folder / "other").open("wb", buffering=0) as other, suppress(OSError):
+            while other.write(b"x" * 512):
+                pass
+        lose(recorder, "on a full disk")
+        (folder / "other").unlink()
+        assert write(recorder, "second", rows)
+    assert mount("remount,ro,size=1m")
+    with closing(Recorder(folder / "scored.db")) as recorder:
+        lose(recorder, "on a read-only disk")
+        assert "Requests are not recorded" in recorder.state()
+        assert mount("remount,rw,size=1m")
+        assert write(recorder, "third", rows)
+        assert recorder.state() == "ok"
+        ids = {"first-0", "second-0", "third-0"}
+        assert scored_rows.known_rows(recorder.path, ids) == ids
 
 
 def test_file_is_closed_to_others(recorder):
