@@ -3,17 +3,22 @@
 ``python -m tests.benchmarks.serving``: runs the series on the bundled sample with a small grid,
 serves the same network and SVM both ways, one after the other on the same machine, and prints a
 table: start-up time, latency of single rows over HTTP on loopback (p50, p99), and rows per second
-in batches; beside them the same models called in this process, without HTTP.
+in batches; beside them the same models called in this process, without HTTP. Before that, the
+latency of 1,000 single rows asked by 8 clients, alone, and beside 60 idle connections and an
+upload of 60 MB.
 """
 
 import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
@@ -30,6 +35,7 @@ from tests.series import ONE_PAIR, run_series
 SINGLE = 300  # requests of one row
 BATCHES = (100, 10_000)
 REPEATS = 5  # requests of each batch
+CROWD, CLIENTS = 1_000, 8  # requests of one row, and how many ask at once
 PORT = 5601
 JSON = {"Content-Type": "application/json"}
 
@@ -86,6 +92,40 @@ def _over_http(url, rows):
             session.post(url, data=body, headers=JSON, timeout=600).raise_for_status()
 
         return measure(ask, lambda n_rows, count: _bodies(rows, n_rows, count))
+
+
+def _beside_a_large_one(client, rows):
+    """Return the milliseconds that many clients wait for single rows, alone and beside others."""
+    host, port = client.url.removeprefix("http://").split(":")
+    csv = pd.concat([rows] * (60 * 2**20 // len(rows.to_csv(index=False)))).to_csv(index=False)
+    network = client.address("model_conv_network") + "/invocations?record=false"
+    single = _bodies(rows, 1, CROWD)
+
+    def ask(number):
+        with client.session() as session:
+            url = f"{client.address(list(client.models)[number % 2])}/invocations?record=false"
+            return [_answered(session, url, body) for body in single[number::CLIENTS]]
+
+    def crowd(pool):
+        return 1000 * np.concatenate(list(pool.map(ask, range(CLIENTS))))
+
+    with ThreadPoolExecutor(CLIENTS + 1) as pool, ExitStack() as idle:
+        alone = crowd(pool)
+        for _ in range(60):
+            idle.enter_context(socket.create_connection((host, int(port))))
+        kind = {"Content-Type": "text/csv"}
+        upload = pool.submit(requests.post, network, csv, headers=kind, timeout=600)
+        rounds = [crowd(pool)]
+        while not upload.done():
+            rounds.append(crowd(pool))
+        upload.result().raise_for_status()
+    return {"alone": alone, "beside an upload of 60 MB": np.concatenate(rounds)}
+
+
+def _answered(session, url, body):
+    start = time.perf_counter()
+    session.post(url, data=body, headers=JSON, timeout=600).raise_for_status()
+    return time.perf_counter() - start
 
 
 def _in_process(model, rows):
@@ -196,6 +236,9 @@ def main():
         start = time.perf_counter()
         ours = serving.start(workspace, PORT, keep=False)
         started = time.perf_counter() - start
+        for title, waited in _beside_a_large_one(ours, split.X_test).items():
+            p50, p99 = np.quantile(waited, [0.5, 0.99])
+            print(f"{CLIENTS} clients {title}: p50 {p50:.0f} ms, p99 {p99:.0f} ms")
         for name in ours.models:
             url = f"{ours.address(name)}/invocations?record=true"
             table[f"{name}, this project's server"] = {
