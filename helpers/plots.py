@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.metrics import confusion_matrix as count_pairs
 from sklearn.model_selection import GridSearchCV
 
-from helpers.data import Table
+from helpers.data import Table, most_telling
 from helpers.models.evaluation import METRIC_NAMES
 from helpers.server.activity import KINDS, MOST_USERS, OTHERS, count_by_user
 
@@ -149,22 +149,13 @@ def class_balance(table: Table) -> Figure:
     return figure
 
 
-def _most_telling(table: Table, most: int) -> list[str]:
-    """Return the numeric features whose class means differ most, in units of their spread."""
-    features = table.frame[list(table.numeric)].astype(float)
-    means = features.groupby(table.labels).mean()
-    spread = features.std().replace(0, np.nan)
-    order = ((means.max() - means.min()) / spread).fillna(0).sort_values(ascending=False)
-    return list(order.index[:most])
-
-
 @_picture
 def numeric_by_class(table: Table) -> Figure | None:
     """Draw numeric features by class: box plots, or the share of ones for 0/1 columns.
 
     Of many features those are drawn whose class means differ most; None if there is none.
     """
-    features = _most_telling(table, MOST_PANELS)
+    features = most_telling(table.frame[list(table.numeric)], table.labels, MOST_PANELS)
     if not features:
         return None
     counts = table.labels.value_counts()
@@ -191,7 +182,10 @@ def numeric_by_class(table: Table) -> Figure | None:
             axes.set(title=_wrap(name, 34), xlabel="", ylabel="")
         axes.xaxis.set_major_locator(MaxNLocator(4))
     part = f", the {MOST_CLASSES} most frequent of them" * (len(counts) > MOST_CLASSES)
-    figure.suptitle(f"Numeric features by class{part}; the most telling features first")
+    shown = f"the {len(features)} most telling of {len(table.numeric)}"
+    if len(features) == len(table.numeric):
+        shown = "the most telling features first"
+    figure.suptitle(f"Numeric features by class{part}; {shown}")
     return figure
 
 
@@ -200,7 +194,8 @@ def correlations(table: Table) -> Figure | None:
     """Draw the rank correlations of the numeric features; None if there are fewer than two."""
     if len(table.numeric) < 2:
         return None
-    chosen = _most_telling(table, MOST_FEATURES)
+    numbers = table.frame[list(table.numeric)]
+    chosen = most_telling(numbers, table.labels, MOST_FEATURES)
     features = [name for name in table.numeric if name in chosen]
     matrix = table.frame[features].astype(float).corr(method="spearman")
     numbers = range(1, len(features) + 1)

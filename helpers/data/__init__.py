@@ -13,7 +13,7 @@ References
 from helpers.data.reading import CSV_OPTIONS, CsvChunks, DataError
 from helpers.data.sources import SAMPLE, UCI_URL, load_table
 from helpers.data.split import Split, check_split, load_split, make_split, save_split
-from helpers.data.table import Table, check_table, describe_columns, read_table
+from helpers.data.table import Table, check_table, describe_columns, most_telling, read_table
 
 __all__ = [
     "CSV_OPTIONS",
@@ -29,6 +29,7 @@ __all__ = [
     "load_split",
     "load_table",
     "make_split",
+    "most_telling",
     "read_table",
     "save_split",
 ]
