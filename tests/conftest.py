@@ -60,10 +60,17 @@ def _no_tracking_uri(_no_team_server):
 
 def split_table(table, test_size=0.3, seed=0):
     """Split a table as notebook 01 does."""
-    data.check_split(table, test_size)
-    X, y = table.features, table.labels
+    X, y = data.distinct_rows(table, test_size)
     parts = train_test_split(X, y, test_size=test_size, stratify=y, random_state=seed)
+    parts = data.with_repeated(table, *parts[:2])
     return data.make_split(table, *parts, test_size, seed)
+
+
+def split_frame(frame, seed=0, categorical=("course",)):
+    """Read and split a frame as notebook 01 does a CSV of it."""
+    content = frame.to_csv(index=False).encode()
+    table = data.read_table(content, "a table", categorical=list(categorical))
+    return split_table(table, 0.3, seed)
 
 
 @pytest.fixture

@@ -12,7 +12,15 @@ References
 
 from helpers.data.reading import CSV_OPTIONS, CsvChunks, DataError
 from helpers.data.sources import SAMPLE, UCI_URL, load_table
-from helpers.data.split import Split, check_split, load_split, make_split, save_split
+from helpers.data.split import (
+    Split,
+    distinct_rows,
+    load_split,
+    make_split,
+    repeated_rows,
+    save_split,
+    with_repeated,
+)
 from helpers.data.table import Table, check_table, describe_columns, most_telling, read_table
 
 __all__ = [
@@ -23,13 +31,15 @@ __all__ = [
     "DataError",
     "Split",
     "Table",
-    "check_split",
     "check_table",
     "describe_columns",
+    "distinct_rows",
     "load_split",
     "load_table",
     "make_split",
     "most_telling",
     "read_table",
+    "repeated_rows",
     "save_split",
+    "with_repeated",
 ]

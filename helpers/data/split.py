@@ -15,6 +15,7 @@ import pandas as pd
 from helpers.data.reading import DataError
 from helpers.data.students import STUDENT_CATEGORICAL
 from helpers.data.table import Table, make_table
+from helpers.display import notice
 from helpers.workspace import MissingStepError, Workspace, file_digest
 
 MIN_TRAIN_ROWS = 5  # rows of each class among the training rows: one for each fold of five
@@ -80,8 +81,25 @@ class Split:
         return codes
 
 
-def check_split(table: Table, test_size: float) -> None:
-    """Check that a table can be split by class.
+def repeated_rows(table: Table) -> pd.Series:
+    """Tell which rows repeat an earlier one, label included, so that a copy is the likely reason.
+
+    Where the features have so few values that rows of different cases meet by chance, none does:
+    by the birthday bound that is to be expected while the number of possible rows is below the
+    square of their number.
+    """
+    values, rows = table.features.nunique(dropna=False), len(table.frame)
+    if np.log(values).sum() <= 2 * np.log(rows):
+        return pd.Series(False, index=table.frame.index)
+    return _keys(table.frame).duplicated()
+
+
+def _keys(frame: pd.DataFrame) -> pd.Series:
+    return pd.util.hash_pandas_object(frame, index=False)
+
+
+def distinct_rows(table: Table, test_size: float) -> tuple[pd.DataFrame, pd.Series]:
+    """Return features and labels to be split by class, repeated rows once.
 
     Raises
     ------
@@ -89,16 +107,44 @@ def check_split(table: Table, test_size: float) -> None:
         If a class has too few rows to stand in both parts and in every fold of the training
         rows.
     """
-    counts = table.labels.value_counts()
+    once = ~repeated_rows(table)
+    X, y = table.features[once], table.labels[once]
+    counts = y.value_counts()
     needed = int(np.ceil(max((MIN_TRAIN_ROWS + 0.5) / (1 - test_size), 1.5 / test_size)))
     few = counts[counts < needed]
     if len(few):
         listed = ", ".join(f"{label!r} ({count})" for label, count in few.items())
+        counted = ", repeated rows counted once," * (not once.all())
         raise DataError(
-            f"Too few rows to split by class: {listed}; each class of {table.target!r} needs at "
-            f"least {needed} rows with TEST_SIZE = {test_size:g}. Collect more, or merge or "
-            "remove the class."
+            f"Too few rows to split by class: {listed}; each class of {table.target!r}{counted} "
+            f"needs at least {needed} rows with TEST_SIZE = {test_size:g}. Collect more, or merge "
+            "or remove the class."
         )
+    return X, y
+
+
+def with_repeated(table: Table, X_train: pd.DataFrame, X_test: pd.DataFrame) -> list:
+    """Put each repeated row behind the row that it repeats, and say so.
+
+    A row that stood in both parts would be measured on what was learnt by heart.
+
+    Returns
+    -------
+    list
+        ``X_train``, ``X_test``, ``y_train``, ``y_test``: without repeated rows as they were given.
+    """
+    rows = [part.index for part in (X_train, X_test)]
+    n_repeated = len(table.frame) - sum(map(len, rows))
+    if n_repeated:
+        keys = _keys(table.frame)
+        for number, index in enumerate(rows):
+            place = pd.Series(range(len(index)), index=keys[index])
+            rows[number] = keys.map(place).dropna().sort_values(kind="stable").index
+        notice(
+            f"{n_repeated:,} of {len(keys):,} rows repeat an earlier one. Each is on the side of "
+            "the split where that one is."
+        )
+    return [each.loc[index] for each in (table.features, table.labels) for index in rows]
 
 
 def make_split(
@@ -112,7 +158,8 @@ def make_split(
 ) -> Split:
     """Note what a split is, so that models can tell which rows they have seen.
 
-    The parts are those of `sklearn.model_selection.train_test_split`, with the table's index.
+    The parts are those of `sklearn.model_selection.train_test_split`, with the table's index, and
+    what `with_repeated` added.
     """
     counts = table.labels.value_counts().sort_index()
     manifest = {

@@ -196,6 +196,7 @@ def make_table(
             frame[name] = _convert_target(frame[name], source)
         else:
             frame[name] = _convert_feature(frame[name], name in categorical, source)
+    frame = frame.copy()  # one block per type again: many columns made one by one are slow
     digest = hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
     features = frame.drop(columns=target)
     categorical = tuple(n for n in features if n in categorical or features[n].dtype == object)

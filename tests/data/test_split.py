@@ -167,3 +167,42 @@ def test_save_that_is_killed_leaves_a_whole_split_or_none(small_frame, workspace
     assert json.loads(kept.read_text()) == first.manifest
     save_split(second, workspace)
     assert load_split(workspace).manifest == second.manifest
+
+
+# --- repeated rows -----------------------------------------------------------------------------
+
+
+def test_repeated_rows_are_on_one_side_of_the_split_and_the_others_where_they_were(
+    small_frame, capsys
+):
+    frame = small_frame()
+    plain = split_table(read_table(as_csv(frame), "x"))
+    assert capsys.readouterr().out == ""
+    copied = pd.concat([frame, frame.head(60), frame.head(30)])
+    split = split_table(read_table(as_csv(copied), "x"))
+    assert "90 of 240 rows repeat an earlier one" in capsys.readouterr().out
+    parts = [split.X_train.join(split.y_train), split.X_test.join(split.y_test)]
+    assert sum(map(len, parts)) == 240
+    assert pd.concat([part.drop_duplicates() for part in parts]).duplicated().sum() == 0
+    once = [part.drop_duplicates().index.tolist() for part in parts]
+    assert once == [plain.X_train.index.tolist(), plain.X_test.index.tolist()]
+    # A copy comes right after its row: so it is in the same fold of a cross-validation.
+    assert (parts[0].duplicated() <= (parts[0].shift() == parts[0]).all(axis=1)).all()
+
+
+def test_equal_rows_of_few_values_are_cases_of_their_own(small_frame, capsys):
+    frame = small_frame()
+    few = pd.DataFrame({"old": frame["age"] > 40, "city": frame["city"], "Target": frame["Target"]})
+    assert few.duplicated().sum() > 100
+    split = split_table(read_table(as_csv(few), "x"))
+    assert len(split.X_test) == 45
+    assert split.y_test.value_counts().tolist() == [15, 15, 15]
+    assert capsys.readouterr().out == ""
+
+
+def test_class_of_copies_is_too_small(small_frame):
+    frame = small_frame()
+    rare = frame.head(1).assign(Target="rare")
+    copied = pd.concat([frame, *[rare] * 30])
+    with pytest.raises(DataError, match=r"'rare' \(1\).*repeated rows counted once"):
+        split_table(read_table(as_csv(copied), "x"))

@@ -10,14 +10,13 @@ import pandas as pd
 import pytest
 from sklearn.dummy import DummyClassifier
 
-from helpers import data, registry, tracking
+from helpers import registry, tracking
 from helpers.models.evaluation import majority_baseline
 from helpers.models.interface import TabularPreprocessor
 from helpers.registry import PromotionRules
 from helpers.registry.candidates import Candidate
 from helpers.registry.robustness import Robustness
 from tests.cells import run_cells
-from tests.conftest import split_table
 from tests.scoring import PASSED, fit_svm, put_in_production
 
 RULES = PromotionRules(min_gain=0.02, max_loss=0.01, allow_replace=False, min_robustness=0.0)
@@ -26,13 +25,6 @@ HALF_HOLDS = Robustness(np.array([1.0, np.nan] * 5), pd.Series(dtype=float))
 
 def with_manifest(split, **changes):
     return replace(split, manifest={**split.manifest, **changes})
-
-
-def split_frame(frame, seed=0, categorical=("course",)):
-    content = frame.to_csv(index=False).encode()
-    return split_table(
-        data.read_table(content, "a table", categorical=list(categorical)), 0.3, seed
-    )
 
 
 def fit(split, classifier):

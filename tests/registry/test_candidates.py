@@ -11,7 +11,8 @@ from helpers import registry, series, tracking
 from helpers.models.evaluation import compute_metrics
 from helpers.registry.candidates import MIN_UNSEEN
 from helpers.workspace import MissingStepError
-from tests.registry.conftest import RULES, fit, log_run, partly_shuffled, split_frame, with_manifest
+from tests.conftest import split_frame
+from tests.registry.conftest import RULES, fit, log_run, partly_shuffled, with_manifest
 from tests.scoring import fit_svm
 
 

@@ -8,7 +8,8 @@ from helpers.display import COLOURS
 from helpers.models.evaluation import majority_baseline
 from helpers.registry import behaviour
 from helpers.registry.checks import CHECKS, LOADS, check_candidate
-from tests.registry.conftest import HALF_HOLDS, RULES, failed, log_run, split_frame
+from tests.conftest import split_frame
+from tests.registry.conftest import HALF_HOLDS, RULES, failed, log_run
 from tests.scoring import fit_svm
 
 
