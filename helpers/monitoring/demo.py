@@ -3,11 +3,12 @@
 import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PyFuncModel
+from pandas.api.types import is_bool_dtype
 
 from helpers.data import Split
 from helpers.monitoring.checks import check_labelled, check_unlabelled
 from helpers.monitoring.labels import add_labels
-from helpers.registry.reference import make_reference
+from helpers.registry.reference import make_reference, watched_columns
 from helpers.serving import ScoringClient, ask, scored_rows
 from helpers.workspace import Workspace
 
@@ -40,7 +41,8 @@ def play_first_day(workspace: Workspace, client: ScoringClient, split: Split) ->
 def rehearse(models: dict[str, PyFuncModel], split: Split) -> pd.DataFrame:
     """Show what would be found if production got worse; nothing is logged and nobody alarmed.
 
-    Three numeric columns move by a standard deviation, and three labels in ten are others.
+    Of three columns numbers move by a standard deviation and truths become their opposite, and
+    three labels in ten are others.
 
     Returns
     -------
@@ -48,9 +50,11 @@ def rehearse(models: dict[str, PyFuncModel], split: Split) -> pd.DataFrame:
         ``model`` and ``message`` of each finding.
     """
     random, found = np.random.default_rng(0), []
-    rows = split.X_test.astype(dict.fromkeys(split.numeric, "float64"))
-    moved = list(split.numeric[-3:])
-    rows[moved] += rows[moved].std()
+    rows = split.X_test.copy()
+    for name in [name for name in watched_columns(split) if name in split.numeric][-3:]:
+        values = rows[name]
+        truth = is_bool_dtype(values)
+        rows[name] = ~values if truth else values.astype("float64") + values.std()
     labels = split.y_test.to_numpy(copy=True)
     wrong = random.random(len(labels)) < 0.3
     labels[wrong] = random.permutation(labels[wrong])

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from helpers.data import Split
+from helpers.data import Split, most_telling
 from helpers.models.evaluation import compute_metrics
 
 REFERENCE = "monitoring/reference.json"  # artifact of the run of a version
+MOST_COLUMNS = 200  # that are watched
 MOST_VALUES = 100  # different numbers up to which each is counted; above, quantiles
 QUANTILES = 201
 BINS = 10  # of the confidence, for the calibration error
@@ -39,6 +40,17 @@ def calibration(y_true: ArrayLike, answer: pd.DataFrame, labels: Sequence) -> di
     }
 
 
+def watched_columns(split: Split) -> list[str]:
+    """Return the columns whose drift is watched: all, or of many the most telling, in order."""
+    names = split.X_train.columns.tolist()
+    if len(names) <= MOST_COLUMNS:
+        return names
+    numbers = most_telling(split.X_train[list(split.numeric)], split.y_train)
+    watched = {*split.categorical[: MOST_COLUMNS // 2]}
+    watched |= set(numbers[: MOST_COLUMNS - len(watched)])
+    return [name for name in names if name in watched]
+
+
 def make_reference(split: Split, answer: pd.DataFrame) -> dict:
     """Summarise the training rows and the answer to the test rows.
 
@@ -52,7 +64,7 @@ def make_reference(split: Split, answer: pd.DataFrame) -> dict:
         "labels": list(split.labels),
         "columns": {
             name: _summary(split.X_train[name], name in split.categorical)
-            for name in split.X_train.columns
+            for name in watched_columns(split)
         },
         "predictions": _counts(answer["prediction"]),
         "metrics": {**metrics, **calibration(split.y_test, answer, split.labels)},

@@ -28,7 +28,7 @@ class Robustness:
         For each row attacked, one that the model classifies correctly, the columns that had to
         be changed to flip the answer; NaN where none of the attacks did.
     flips : pandas.Series
-        By column: share of the flips in which it was changed.
+        By column that could be changed: share of the flips in which it was.
     """
 
     columns: np.ndarray
@@ -71,6 +71,7 @@ class Robustness:
             "robustness": 1 - self.flip_rate,
             "robustness_one_column": 1 - self.one_column_rate,
             "robustness_rows": float(self.n_rows),
+            "robustness_columns": float(len(self.flips)),
         }
         if self.flip_rate:
             values["robustness_median_columns"] = float(np.nanmedian(self.columns))

@@ -1,8 +1,15 @@
+from types import SimpleNamespace
+
+from sklearn.pipeline import make_pipeline
+
 from helpers import monitoring, registry, serving
+from helpers.models.interface import convert
 from helpers.serving.app import Application
 from helpers.serving.models import Models, load
 from helpers.serving.recorder import Recorder
-from tests.scoring import serve_here
+from helpers.tracking import column_kinds
+from tests.conftest import split_frame
+from tests.scoring import answer_of, fit_svm, serve_here
 
 
 def test_first_day_is_sent_once_with_its_labels(watched, promoted):
@@ -27,3 +34,17 @@ def test_rehearsal_finds_something_and_writes_nothing(watched, promoted):
     assert watched.runs() == []
     assert monitoring.alerts(watched.workspace).empty
     assert watched.tag() is None
+
+
+def test_rehearsal_of_truths_sends_truths(small_frame):
+    frame = small_frame(400)
+    truths = {"long": frame["length"] > 1.5, "wide": frame["width"] > 7, "old": frame["age"] > 30}
+    split = split_frame(frame[["Target"]].assign(**truths), categorical=())
+    assert set(split.X_test.dtypes) == {truths["old"].dtype}
+    classifier, kinds = make_pipeline(*fit_svm(split)), column_kinds(split.X_train)
+
+    def predict(rows):
+        return answer_of(classifier, convert(rows, kinds), split.labels)
+
+    found = monitoring.rehearse({"a model": SimpleNamespace(predict=predict)}, split)
+    assert found["message"].str.contains("old has drifted").any()

@@ -8,8 +8,13 @@ import pytest
 
 from helpers import plots, registry
 from helpers.registry import attack
+from helpers.registry.reference import MOST_COLUMNS, make_reference
 from helpers.registry.robustness import Robustness
+from tests.conftest import split_frame
 from tests.registry.conftest import with_manifest
+
+CERTAIN = {"prediction": "high", "probability_high": 1.0}
+CERTAIN |= {"probability_low": 0.0, "probability_middle": 0.0}
 
 
 def attacked(split, score, n_rows=20):
@@ -92,3 +97,17 @@ def test_robustness_is_logged_with_the_run_and_measured_once(model, runs, monkey
     assert registry.attack_candidates({model.name: again}, 6) == {model.name: again.robustness}
     assert again.robustness.metrics() == measured.metrics()
     assert registry.attack_candidates({model.name: again}, 0) == {}
+
+
+def test_of_many_columns_the_most_telling_are_attacked_and_watched(small_frame):
+    noise = np.random.default_rng(0).normal(size=(150, 220))
+    many = pd.DataFrame(noise).add_prefix("noise ").join(small_frame())
+    split = split_frame(many)
+    middle = split.X_test["length"].median() + 1e-3
+    result = attacked(split, lambda rows: 4 * (rows["length"] - middle), 1)
+    assert result.metrics()["robustness_columns"] == attack.MOST_ATTACKED == len(result.flips)
+    assert {"length", "width"} <= set(result.flips.index)
+    watched = list(make_reference(split, split.X_test.assign(**CERTAIN))["columns"])
+    assert len(watched) == MOST_COLUMNS
+    assert {"length", "width", "city", "course"} <= set(watched)
+    assert watched == [name for name in split.X_train if name in watched]
