@@ -77,10 +77,11 @@ def _counts(values: pd.Series) -> list:
 
 
 def levels(values: pd.Series) -> pd.Series:
-    """Return values as texts that are the same for 3 and 3.0; missing ones are ''."""
+    """Return values as texts, the same for 3 and 3.0, for True and 1; missing ones are ''."""
 
     def text(value):
-        whole = isinstance(value, (float, np.floating)) and float(value).is_integer()
+        kinds = bool, np.bool_, float, np.floating
+        whole = isinstance(value, kinds) and float(value).is_integer()
         return str(int(value)) if whole else str(value)
 
     return values.map(text, na_action="ignore").astype(object).where(values.notna(), "")

@@ -4,6 +4,8 @@ from sklearn.pipeline import make_pipeline
 
 from helpers import monitoring, registry, serving
 from helpers.models.interface import convert
+from helpers.monitoring.drift import column_drift
+from helpers.registry.reference import make_reference
 from helpers.serving.app import Application
 from helpers.serving.models import Models, load
 from helpers.serving.recorder import Recorder
@@ -48,3 +50,6 @@ def test_rehearsal_of_truths_sends_truths(small_frame):
 
     found = monitoring.rehearse({"a model": SimpleNamespace(predict=predict)}, split)
     assert found["message"].str.contains("old has drifted").any()
+    # The scoring server keeps them as the numbers that they are to the model.
+    reference = make_reference(split, predict(split.X_test))
+    assert not column_drift(reference, split.X_train.astype("float64"))["drifted"].any()
