@@ -93,6 +93,7 @@ BOUNDS = {
     "CV_FOLDS": Bounds(2, 20),
     "N_JOBS": Bounds(-1, excluded=(0,)),
     "MIN_GAIN": Bounds(0, 1),
+    "GAIN_OVER": Bounds(choices=("majority class", "logistic regression")),
     "MAX_LOSS": Bounds(0, 1),
     "MIN_ROBUSTNESS": Bounds(0, 1),
     "ATTACKED_ROWS": Bounds(0),

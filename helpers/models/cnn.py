@@ -20,7 +20,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 from helpers.data import Split
-from helpers.display import progress, silenced_libraries
+from helpers.display import notice, progress, silenced_libraries
 
 with silenced_libraries():
     import keras
@@ -45,6 +45,9 @@ from mlflow.entities import Metric
 from helpers.workspace import ParameterError
 
 FEWEST_STEPS = 600  # of a training; a small table has few batches, and gets more epochs
+USUAL_POWER, MOST_UNEQUAL = 0.2, 9.0  # of the class weights
+MOST_INPUTS = 1000  # of numbers with their codes
+STILL_FALLING = 0.01  # share of the loss gained in the last tenth of the epochs
 COPIES = 8  # of its activations and weights that a training holds at once, roughly
 
 
@@ -58,6 +61,39 @@ def class_weights(y: np.ndarray, power: float) -> dict[int, float]:
     weights = (len(y) / (len(counts) * counts)) ** power
     weights *= len(y) / (weights * counts).sum()
     return dict(enumerate(weights.tolist()))
+
+
+def weight_power(y: np.ndarray, power: float | None) -> float:
+    """Return the power for `class_weights`: as given, or more than usual for a rare class.
+
+    With it the sums of the weights of two classes differ by a factor of `MOST_UNEQUAL` at most:
+    where one weighs next to nothing, the network always answers the other.
+    """
+    if power is not None:
+        return power
+    counts = np.bincount(y)
+    ratio = counts.max() / counts.min()
+    return max(USUAL_POWER, 1 - np.log(MOST_UNEQUAL) / np.log(ratio)) if ratio > 1 else USUAL_POWER
+
+
+def bins_for(split: Split, n_bins: int) -> int:
+    """Return `n_bins`, or 0 where codes would make more inputs of the numbers than `MOST_INPUTS`.
+
+    A table of many columns gains little by codes, and its training takes minutes with them.
+    """
+    return n_bins if len(split.numeric) * (n_bins + 1) <= MOST_INPUTS else 0
+
+
+def warn_if_unfinished(curves: pd.DataFrame) -> None:
+    """Say so if the validation loss of `history_table` still falls when the training ends."""
+    losses = curves["val_loss"].to_numpy()
+    before = losses[: -max(1, len(losses) // 10)].min(initial=np.inf)
+    if losses.argmin() == len(losses) - 1 and losses[-1] < before * (1 - STILL_FALLING):
+        notice(
+            f"The network has not converged: its best epoch is the last one, {len(losses)}. "
+            "More EPOCHS or a larger LEARNING_RATE would go on.",
+            "warning",
+        )
 
 
 def epochs_for(n_rows: int, epochs: int, batch_size: int) -> int:

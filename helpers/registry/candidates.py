@@ -14,8 +14,8 @@ from mlflow.pyfunc import PyFuncModel
 from helpers import series, tracking
 from helpers.data import Split
 from helpers.display import notice
-from helpers.models.evaluation import compute_metrics
-from helpers.registry.certainty import calibration_curve, difference, intervals
+from helpers.models.evaluation import Baselines, compute_metrics, paired_gain
+from helpers.registry.certainty import calibration_curve, intervals
 from helpers.registry.explanations import Explanation
 from helpers.registry.groups import GroupReport, alarm_label
 from helpers.registry.production import LOAD_ERRORS, metrics_of, number_of, production_version
@@ -29,8 +29,8 @@ MIN_UNSEEN = 30  # test rows new to the version in Production, to measure it on 
 class Candidate:
     """A trained model on its way to Production under the name of a registered model.
 
-    `robustness`, `explanation` and `groups` are None if not measured; `measures` are the metrics
-    of the majority class and the promotion rules that it was checked by, empty before.
+    `robustness`, `explanation` and `groups` are None if not measured; `measures` are the baselines
+    and the promotion rules that it was checked by, empty before.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Candidate:
         if rows is None:
             return None
         answers = self.answer["prediction"][rows], self.champion.answer["prediction"]
-        return difference(self.split, *answers, rows)
+        return paired_gain(self.split, *answers, rows)
 
 
 @dataclass
@@ -213,9 +213,9 @@ def calibration_curves(
 
 
 def comparison(
-    candidates: dict[str, Candidate], baseline: dict[str, float]
+    candidates: dict[str, Candidate], baselines: Baselines
 ) -> dict[str, dict[str, float]]:
-    """Gather the metrics of candidates, of what is in Production, and of the baseline.
+    """Gather the metrics of candidates, of what is in Production, and of the baselines.
 
     For `helpers.models.evaluation.metrics_table`. A version in Production that takes other
     columns or does not load is left out: it cannot be measured on these rows. Where it is
@@ -242,4 +242,4 @@ def comparison(
             on = f" on {rows.sum():,} rows"
             metrics[name + on] = own
         metrics[f"{name} in Production (version {number_of(champion.version)}){on}"] = production
-    return {**metrics, "majority class": baseline}
+    return {**metrics, **baselines.metrics}

@@ -1,16 +1,16 @@
-"""How sure the figures of a candidate are: intervals, calibration, and the difference to another.
+"""How sure the figures of a candidate are: intervals and calibration.
 
 The intervals are those of the bootstrap over the test rows.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
 from scipy.stats import binom
 
 from helpers.data import Split
-from helpers.models.evaluation import bootstrap_interval, class_names
+from helpers.models.evaluation import bootstrap_interval, class_names, macro_f1
 
 BINS = 10  # of equally many rows, for the calibration curve
 QUANTILES = (0.025, 0.975)  # of an interval of 95 %
@@ -34,41 +34,8 @@ def intervals(split: Split, answer: pd.DataFrame) -> dict[str, tuple[float, floa
         name: bootstrap_interval(lambda _, rows: rows.mean(), rows, rows, seed=0)
         for name, rows in means.items()
     }
-    return found | {"f1_macro": bootstrap_interval(macro_f1(split), truth, guess, seed=0)}
-
-
-def macro_f1(split: Split) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Return a function of the positions of true and predicted labels, quick for many draws."""
-    n = len(split.labels)
-
-    def score(truth, guess):
-        pairs = np.bincount(truth * n + guess, minlength=n * n).reshape(n, n)
-        both = np.maximum(pairs.sum(axis=0) + pairs.sum(axis=1), 1)
-        return float(np.mean(2 * pairs.diagonal() / both))
-
-    return score
-
-
-def difference(
-    split: Split, own: pd.Series, other: pd.Series, rows: np.ndarray
-) -> tuple[float, float, float]:
-    """Return by how much macro F1 is higher with one model's predictions than with another's.
-
-    Both answered the same rows, those of the test rows that `rows` says, so most of the chance in
-    which rows these are falls out of the difference.
-
-    Returns
-    -------
-    size, low, high : float
-        The difference and the ends of its 95 % interval.
-    """
-    score, truth = macro_f1(split), split.encode(split.y_test[rows])
-    guesses = np.column_stack([split.encode(own), split.encode(other)])
-
-    def gain(truth, guesses):
-        return score(truth, guesses[:, 0]) - score(truth, guesses[:, 1])
-
-    return gain(truth, guesses), *bootstrap_interval(gain, truth, guesses, seed=0)
+    score = partial(macro_f1, size=len(split.labels))
+    return found | {"f1_macro": bootstrap_interval(score, truth, guess, seed=0)}
 
 
 def calibration_curve(split: Split, answer: pd.DataFrame, label=None) -> pd.DataFrame:

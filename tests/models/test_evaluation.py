@@ -12,7 +12,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from helpers.models.evaluation import bootstrap_interval, compute_metrics
+from helpers.models.evaluation import baselines, bootstrap_interval, compute_metrics, warn_if_weak
 
 
 def test_logged_metrics_are_those_of_the_model_loaded_back(logged, small_split):
@@ -70,3 +70,26 @@ def test_bootstrap_interval_is_as_wide_as_theory_says_and_takes_probabilities_an
 
     same = np.column_stack([guess, guess])
     assert bootstrap_interval(gain, truth, same, seed=0, n_resamples=50) == (0, 0)
+
+
+def test_baselines_are_scikit_learns_and_a_weak_model_gets_a_remark(small_split, capsys):
+    split, simple = small_split, baselines(small_split)
+    assert list(simple.metrics) == ["logistic regression", "majority class"]
+    share = (split.y_test == split.y_train.mode()[0]).mean()
+    assert simple.metrics["majority class"]["accuracy"] == share
+    linear = simple.answers["logistic regression"]
+    assert simple.metrics["logistic regression"]["accuracy"] > share + 0.3
+    half = linear.assign(prediction=np.where(np.arange(45) % 2, linear["prediction"], "low"))
+    gain, low, high = simple.gain(half, "logistic regression")
+    scores = [
+        f1_score(split.y_test, each["prediction"], average="macro") for each in (half, linear)
+    ]
+    assert gain == pytest.approx(scores[0] - scores[1])
+    assert low < gain < high < 0
+    warn_if_weak("The model", linear, simple)
+    assert capsys.readouterr().out == ""
+    warn_if_weak("The model", half, simple)
+    assert "surely worse than a logistic regression" in capsys.readouterr().out
+    warn_if_weak("The model", linear.assign(prediction="low"), simple, "Do this.")
+    said = capsys.readouterr().out
+    assert "The model answers 'low' for every test row: it has not learnt the others. Do" in said

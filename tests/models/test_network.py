@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import keras
 import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers import display
@@ -145,3 +146,36 @@ def test_network_that_answers_otherwise_once_converted_is_not_logged(
     )
     with pytest.raises(ModelError, match="answers otherwise"):
         train_network(small_split, workspace, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("counts", "power"),
+    [((100, 100), 0.2), ((50, 18, 32), 0.2), ((990, 10), 0.52), ((9990, 10), 0.68)],
+)
+def test_weight_of_a_rare_class_is_no_less_than_a_ninth(counts, power):
+    y = np.repeat(range(len(counts)), counts)
+    assert cnn.weight_power(y, None) == pytest.approx(power, abs=0.01)
+    assert cnn.weight_power(y, 0.0) == 0
+    weights = cnn.class_weights(y, cnn.weight_power(y, None))
+    sums = [weight * count for weight, count in zip(weights.values(), counts, strict=True)]
+    assert max(sums) / min(sums) <= 9.0001
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (np.linspace(2, 1, 30), True),
+        (np.r_[np.linspace(2, 1, 20), np.full(10, 1.0)], False),
+        (np.r_[np.linspace(2, 1, 20), np.linspace(1, 0.999, 10)], False),
+        (np.r_[np.linspace(2, 1, 20), np.linspace(1, 1.2, 10)], False),
+    ],
+)
+def test_training_that_ends_while_the_loss_falls_is_not_converged(losses, said, capsys):
+    cnn.warn_if_unfinished(pd.DataFrame({"val_loss": losses}))
+    assert ("best epoch is the last one, 30. More EPOCHS" in capsys.readouterr().out) == said
+
+
+def test_codes_are_for_tables_of_few_columns(small_split):
+    assert cnn.bins_for(small_split, 8) == 8
+    many = {**small_split.manifest, "numeric": [f"x{number}" for number in range(300)]}
+    assert cnn.bins_for(replace(small_split, manifest=many), 8) == 0

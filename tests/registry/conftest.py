@@ -11,7 +11,7 @@ import pytest
 from sklearn.dummy import DummyClassifier
 
 from helpers import registry, tracking
-from helpers.models.evaluation import majority_baseline
+from helpers.models import evaluation
 from helpers.models.interface import TabularPreprocessor
 from helpers.registry import PromotionRules
 from helpers.registry.candidates import Candidate
@@ -99,7 +99,7 @@ def runs(running_server, small_split):
         narrow=log_run(narrow, fit_svm(narrow)),
         synthetic_split=synthetic,
         synthetic=log_run(synthetic, good),
-        baseline=majority_baseline(split.y_train, split.y_test, split.labels),
+        baselines=evaluation.baselines(split),
     )
 
 
@@ -118,9 +118,8 @@ class RegisteredModel:
     def check(self, run, split=None, robustness=None, **rules):
         """Return a candidate and the table of its checks."""
         candidate = self.candidate(run, split, robustness)
-        checks = registry.check_candidates(
-            {self.name: candidate}, self.runs.baseline, replace(RULES, **rules)
-        )
+        simple = evaluation.baselines(split) if split else self.runs.baselines
+        checks = registry.check_candidates({self.name: candidate}, simple, replace(RULES, **rules))
         return candidate, checks
 
     def findings(self, *arguments, **options):

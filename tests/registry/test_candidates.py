@@ -8,6 +8,7 @@ import pytest
 from sklearn.tree import DecisionTreeClassifier
 
 from helpers import registry, series, tracking
+from helpers.models import evaluation
 from helpers.models.evaluation import compute_metrics
 from helpers.registry.candidates import MIN_UNSEEN
 from helpers.workspace import MissingStepError
@@ -43,9 +44,9 @@ def test_model_not_trained_on_the_prepared_split_names_the_notebook_to_run(runs,
 def test_comparison_shows_candidate_production_and_baseline(model, runs):
     model.register(runs.good[0])
     model.promote(1)
-    metrics = registry.comparison({model.name: model.candidate(runs.weak)}, runs.baseline)
+    metrics = registry.comparison({model.name: model.candidate(runs.weak)}, runs.baselines)
     title = f"{model.name} in Production (version 1)"
-    assert list(metrics) == [model.name, title, "majority class"]
+    assert list(metrics) == [model.name, title, "logistic regression", "majority class"]
     assert metrics[model.name] == runs.weak.data.metrics
     assert metrics[title]["accuracy"] == pytest.approx(runs.good[0].data.metrics["accuracy"])
     assert json.dumps(metrics)
@@ -85,12 +86,12 @@ def test_production_is_measured_on_rows_of_a_grown_table_that_it_has_not_seen(mo
     finding = checks["finding"][model.name, "not worse than Production"]
     assert f"the {new.sum()} test rows that are new to it" in finding
     assert f"macro F1 {own:.4f}" in finding
-    table = registry.comparison({model.name: candidate}, runs.baseline)
+    table = registry.comparison({model.name: candidate}, runs.baselines)
     part = [
         f"{model.name} on {new.sum()} rows",
         f"{model.name} in Production (version 1) on {new.sum()} rows",
     ]
-    assert list(table) == [model.name, *part, "majority class"]
+    assert list(table) == [model.name, *part, "logistic regression", "majority class"]
     assert [table[column]["f1_macro"] for column in part] == pytest.approx([own, fair])
 
 
@@ -101,7 +102,9 @@ def assert_own_metrics(candidate, run):
     assert production == run.data.metrics
     assert "its own test rows (too few" in basis
     title = f"{candidate.name} in Production (version 1) on its own test rows"
-    assert title in registry.comparison({candidate.name: candidate}, {})
+    assert title in registry.comparison(
+        {candidate.name: candidate}, evaluation.baselines(candidate.split)
+    )
 
 
 def test_too_few_new_rows_leave_production_with_its_own_metrics(model, learned):

@@ -14,7 +14,7 @@ def promoted(model, run, measured=False, **parameters):
         candidates = {model.name: candidate}
         registry.explain_candidates(candidates, "low")
         registry.measure_groups(candidates, ["city"], "low")
-        checks = registry.check_candidates(candidates, model.runs.baseline, model.rules())
+        checks = registry.check_candidates(candidates, model.runs.baselines, model.rules())
     decision = promote_by_cell(candidate, checks, **parameters)
     version = mlflow.MlflowClient().get_model_version(model.name, decision["version"])
     return version, mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/{card.ARTIFACT}")

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
+from helpers.models import evaluation
 from helpers.models.evaluation import compute_metrics, metrics_table
 from helpers.registry import certainty, pictures
 
@@ -46,15 +47,13 @@ def test_difference_is_of_the_same_rows(split, answers):
     truth, answer, other = answers
     rows = np.arange(len(truth)) % 2 == 0
     own, theirs = answer["prediction"][rows], other["prediction"][rows]
-    size, low, high = certainty.difference(split, own, theirs, rows)
+    size, low, high = evaluation.paired_gain(split, own, theirs, rows)
     expected = [f1_score(truth[rows], each, average="macro") for each in (own, theirs)]
     assert size == pytest.approx(expected[0] - expected[1])
     assert low < size < high
-    alone = certainty.bootstrap_interval(
-        certainty.macro_f1(split), split.encode(truth[rows]), split.encode(own), seed=0
-    )
+    alone = certainty.intervals(replace(split, y_test=truth[rows]), answer[rows])["f1_macro"]
     assert high - low < (alone[1] - alone[0]) / 2
-    assert certainty.difference(split, own, own, rows) == (0, 0, 0)
+    assert evaluation.paired_gain(split, own, own, rows) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("label", ["low", None])

@@ -1,12 +1,16 @@
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from helpers import registry
 from helpers.display import COLOURS
-from helpers.models.evaluation import majority_baseline
+from helpers.models import evaluation
 from helpers.registry import behaviour
+from helpers.registry.behaviour import CheckFailedError
 from helpers.registry.checks import CHECKS, LOADS, check_candidate
 from tests.conftest import split_frame
 from tests.registry.conftest import HALF_HOLDS, RULES, failed, log_run
@@ -33,6 +37,7 @@ def test_good_candidate_passes_every_check_and_one_that_cannot_fail_is_grey(mode
         "direction",
         "robustness",
         "gap between groups",
+        "beside a logistic regression",
         "may replace Production",
         "not worse than Production",
         "runs elsewhere",
@@ -65,7 +70,7 @@ def test_min_robustness_needs_a_measurement(model, runs):
 def test_answer_of_another_form_is_refused(model, runs, change, finding):
     candidate = model.candidate(runs.good[0])
     candidate.answer = change(candidate.answer)
-    checks = check_candidate(candidate, runs.baseline, RULES)
+    checks = check_candidate(candidate, runs.baselines, RULES)
     assert list(checks.index) == failed(checks) == [LOADS]
     assert finding in checks["finding"][LOADS]
 
@@ -83,7 +88,53 @@ def test_candidate_that_does_not_behave_is_refused(model, runs, monkeypatch):
 
 
 def test_candidate_no_better_than_the_majority_class_is_refused(model, runs):
-    assert failed(model.findings(runs.useless)) == ["better than the majority class"]
+    assert failed(model.findings(runs.useless)) == ["better than the baseline"]
+
+
+@pytest.fixture(scope="module")
+def rare_class():
+    """Baselines of a table of which one row in a hundred is a fault, and answers to its rows."""
+    rng, labels = np.random.default_rng(0), np.repeat(["ok", "fault"], [1980, 20])
+    frame = pd.DataFrame({"noise": rng.normal(size=2000).round(3), "Target": labels})
+    simple = evaluation.baselines(split_frame(frame, categorical=()))
+    true = simple.split.y_test.to_numpy()
+
+    def answer(found, false_alarms=0):
+        """Find some of the faults, and take some other rows for faults."""
+        said = np.full(len(true), "ok", dtype=object)
+        said[np.flatnonzero(true == "fault")[:found]] = "fault"
+        said[np.flatnonzero(true == "ok")[:false_alarms]] = "fault"
+        return SimpleNamespace(answer=pd.DataFrame({"prediction": said}))
+
+    return simple, answer
+
+
+@pytest.mark.parametrize(
+    ("found", "false_alarms", "passes"),
+    [(0, 0, False), (3, 1, True), (5, 0, True), (1, 100, False), (6, 590, False)],
+)
+def test_rare_class_has_to_be_found_and_accuracy_does_not_decide(
+    rare_class, found, false_alarms, passes
+):
+    simple, answer = rare_class
+    assert simple.metrics["majority class"]["accuracy"] == 0.99
+    check, rules = CHECKS["better than the baseline"], replace(RULES, min_gain=0.0)
+    if passes:
+        assert "beside the majority class" in check(answer(found, false_alarms), simple, rules)
+        return
+    with pytest.raises(CheckFailedError, match="surely above 0"):
+        check(answer(found, false_alarms), simple, rules)
+
+
+def test_gain_may_count_from_a_logistic_regression(model, runs):
+    beside = "better than the baseline", "beside a logistic regression"
+    checks = model.findings(runs.good[0], gain_over="logistic regression")
+    assert failed(checks) == [beside[0]]
+    assert "beside the logistic regression" in checks["finding"][beside[0]]
+    assert beside[1] in colours(checks)["grey"]
+    checks = model.findings(runs.useless)
+    assert "surely worse" in checks["finding"][beside[1]]
+    assert beside[1] in colours(checks)["warning"]
 
 
 def test_candidate_with_a_falsified_metric_is_refused(model, runs):
@@ -121,7 +172,7 @@ def test_production_is_surely_better_or_it_is_no_reason_to_refuse(
     candidate = model.candidate(runs.good[1])
     assert candidate.gain == (0, 0, 0)
     candidate.gain = gain
-    checks = check_candidate(candidate, runs.baseline, RULES)
+    checks = check_candidate(candidate, runs.baselines, RULES)
     assert "not worse than Production" in colours(checks)[colour]
     assert finding in checks["finding"]["not worse than Production"]
 
@@ -150,7 +201,6 @@ def test_true_or_false_column_that_is_a_category_can_be_promoted(model, small_fr
     frame = small_frame(seed=3).assign(debtor=lambda table: table["width"] > 7)
     split = split_frame(frame, categorical=["course", "debtor"])
     assert split.X_train["debtor"].dtype == bool
-    model.runs.baseline = majority_baseline(split.y_train, split.y_test, split.labels)
     assert failed(model.findings(log_run(split, fit_svm(split)), split)) == []
 
 
@@ -207,8 +257,8 @@ def test_production_that_no_longer_loads_is_replaced(model, runs, files_of, caps
     lost = log_run(runs.split, runs.fitted)
     model.try_to_promote(lost)
     shutil.rmtree(files_of(lost))
-    metrics = registry.comparison({model.name: model.candidate(runs.weak)}, runs.baseline)
-    assert list(metrics) == [model.name, "majority class"]
+    metrics = registry.comparison({model.name: model.candidate(runs.weak)}, runs.baselines)
+    assert list(metrics) == [model.name, "logistic regression", "majority class"]
     assert "version 1 in Production does not load" in capsys.readouterr().out
     checks = model.findings(runs.synthetic, runs.synthetic_split)
     assert failed(checks) == ["may replace Production"]

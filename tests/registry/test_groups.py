@@ -111,7 +111,7 @@ def test_gap_is_a_warning_and_above_max_gap_a_reason_to_refuse(
     candidate = model.candidate(runs.good[0])
     candidate.groups = measured({"left": (100, found[0]), "right": (100, found[1])})
     checks = registry.check_candidates(
-        {model.name: candidate}, runs.baseline, model.rules(max_gap=max_gap)
+        {model.name: candidate}, runs.baselines, model.rules(max_gap=max_gap)
     ).loc[model.name]
     row = checks.loc["gap between groups"]
     assert row["passed"] == passed
