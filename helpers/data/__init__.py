@@ -10,6 +10,7 @@ References
    (CC BY 4.0).
 """
 
+from helpers.data.looking import check_table, describe_columns, most_telling
 from helpers.data.reading import CSV_OPTIONS, CsvChunks, DataError
 from helpers.data.sources import SAMPLE, UCI_URL, load_table
 from helpers.data.split import (
@@ -21,7 +22,7 @@ from helpers.data.split import (
     save_split,
     with_repeated,
 )
-from helpers.data.table import Table, check_table, describe_columns, most_telling, read_table
+from helpers.data.table import Table, read_table
 
 __all__ = [
     "CSV_OPTIONS",

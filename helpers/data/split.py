@@ -105,8 +105,13 @@ def distinct_rows(table: Table, test_size: float) -> tuple[pd.DataFrame, pd.Seri
     ------
     DataError
         If a class has too few rows to stand in both parts and in every fold of the training
-        rows.
+        rows, or all features are constant.
     """
+    if (table.features.nunique(dropna=False) == 1).all():
+        raise DataError(
+            f"All features of {table.source} are constant: nothing tells its classes apart. Add "
+            "columns that differ from row to row."
+        )
     once = ~repeated_rows(table)
     X, y = table.features[once], table.labels[once]
     counts = y.value_counts()

@@ -6,6 +6,7 @@ import pytest
 
 from helpers.data import DataError, check_table, describe_columns, read_table
 from helpers.data.students import STUDENT_CATEGORICAL, STUDENT_COLUMNS
+from tests.conftest import split_table
 from tests.data.conftest import as_csv
 
 # --- the two variants of the students' table ---------------------------------------------------
@@ -208,3 +209,48 @@ def test_checks_report_duplicates_constants_and_the_majority_class(small_frame):
     assert findings["constant columns"] == "constant"
     share = frame["Target"].value_counts().max() / len(frame)
     assert findings["majority class"] == f"{share:.1%} of the rows"
+    assert findings["rarest class"].endswith("% of the rows")
+    frame.loc[5:, "Target"] = "high"
+    rare = check_table(read_table(as_csv(frame), "rare"))["finding"]["rarest class"]
+    assert "judge by macro F1" in rare
+
+
+def test_columns_that_are_not_what_they_seem_get_a_remark_and_others_none(small_frame):
+    frame = small_frame()
+    days = pd.Timestamp("2024-01-30") + pd.to_timedelta(frame.index % 90, "D")
+    frame = frame.assign(
+        number=range(1000, 1150),
+        copy=frame["Target"].map({"low": 3, "middle": 1, "high": 2}),
+        day=days.strftime("%d/%m/%Y"),
+        moment=days.strftime("%Y-%m-%d %H:%M"),
+        version="1.2 beta",
+        same=7,
+    )
+    remarks = describe_columns(read_table(as_csv(frame), "x"))["remark"]
+    assert remarks["number"] == "all values differ: an identifier? (DROP)"
+    assert remarks["copy"].startswith("tells Target without fail")
+    assert remarks["same"] == remarks["version"] == "constant"
+    for name in ("day", "moment"):
+        assert "Put month, weekday into columns of their own" in remarks[name]
+    assert set(remarks[list(small_frame())]) == {""}
+
+
+def test_real_students_table_gets_no_remark(real_data):
+    for file in ("kaggle_students.csv", "uci697.csv"):
+        table = read_table((real_data / file).read_bytes(), file)
+        assert set(describe_columns(table)["remark"]) == {""}
+
+
+def test_of_many_columns_the_target_remarks_and_the_most_telling_are_described(small_frame, capsys):
+    noise = np.random.default_rng(0).normal(size=(150, 200)).round(3)
+    many = pd.DataFrame(noise).add_prefix("noise ").join(small_frame()).assign(same=1)
+    described = describe_columns(read_table(as_csv(many), "wide"))
+    assert list(described.index[:4]) == ["Target", "same", "length", "width"]
+    assert len(described) == 60
+    assert "207 columns: those with a remark" in capsys.readouterr().out
+
+
+def test_table_whose_features_are_all_constant_is_refused(small_frame):
+    frame = small_frame()[["Target"]].assign(a=1, b="x")
+    with pytest.raises(DataError, match="All features of x are constant"):
+        split_table(read_table(as_csv(frame), "x"))
