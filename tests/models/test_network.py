@@ -111,23 +111,23 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
 
     # A backup every 100 steps; an epoch has 14 of them.
     settings = {**QUICK, "EPOCHS": 22, "BATCH_SIZE": 8}
-    caught = {}
+    # As in a kernel.
+    shell, advice = SimpleNamespace(showtraceback=lambda error: None), {}
     with monkeypatch.context() as patch:
         patch.setattr(cnn, "LogToMlflow", Pulled)
         for seed in (0, 1):
             Pulled.started_at.clear()
-            with pytest.raises(KeyboardInterrupt) as caught[seed]:
+            with pytest.raises(KeyboardInterrupt) as caught:
                 train_network(small_split, workspace, **settings, SEED=seed)
+            display._show_interrupt(shell, KeyboardInterrupt, caught.value, None)
+            advice[seed] = caught.value.advice
             assert Pulled.started_at[0] == 0
             Pulled.ends_at = 0
-    # As in a kernel.
-    shell, error = SimpleNamespace(showtraceback=lambda error: None), caught[0].value
-    display._show_interrupt(shell, KeyboardInterrupt, error, None)
     made = train_network(small_split, workspace, **settings)
     losses = mlflow.MlflowClient().get_metric_history(made.run.info.run_id, "train_loss")
     assert 8 < losses[0].step <= 19
     assert losses[-1].step == made.epochs == 22
-    assert error.advice == f"run the cell again, it goes on after epoch {losses[0].step - 1}"
+    assert advice[0] == f"run the cell again, it goes on after epoch {losses[0].step - 1}"
     other = replace(small_split, manifest={**small_split.manifest, "split_digest": "another"})
     one, two = (
         cnn.backup_folder(workspace.training, split, made.network, seed=0)

@@ -64,7 +64,7 @@ def test_history_says_who_when_from_to_why_and_how_good(model, runs):
 def test_who_promotes_is_the_mlflow_user_where_nobody_is_named(
     model, runs, tracking_server, monkeypatch
 ):
-    roles = users.parse_users(["ana:editor"])
+    roles = users.parse_users(["ana:admin"])
     users.set_up_users(tracking_server.workspace, tracking_server.url, roles)
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ana")
     monkeypatch.setenv(
