@@ -20,8 +20,10 @@ import numpy as np
 import pandas as pd
 from mlflow.pyfunc import PyFuncModel
 
+from helpers import tracking
 from helpers.data import Split, most_telling
 from helpers.display import progress
+from helpers.models.interface import convert
 from helpers.registry.robustness import MOST_COLUMNS, Robustness
 
 with warnings.catch_warnings():
@@ -46,10 +48,10 @@ class _Row(ClassGradientsMixin, ClassifierMixin, BaseEstimator):
     def __init__(self, row: pd.DataFrame, limits: pd.DataFrame, answer, n_classes: int):
         super().__init__(model=None, clip_values=(0.0, LARGEST))
         self.nb_classes, self._answer = n_classes, answer
-        self._columns, self._others = limits.index, row.drop(columns=limits.index)
+        self._columns, self._row = limits.index, row
         self._low, self._high = limits["low"].to_numpy(), limits["high"].to_numpy()
         self._whole = limits["whole"].to_numpy()
-        start = row[limits.index].to_numpy("float64")[0]
+        start = row[limits.index].astype("float64").to_numpy()[0]
         # A gap is no value that could be changed a little; the middle stands for it.
         self._start = np.where(np.isnan(start), (self._low + self._high) / 2, start)
 
@@ -79,9 +81,10 @@ class _Row(ClassGradientsMixin, ClassifierMixin, BaseEstimator):
         return np.clip(values, low, high)
 
     def _probabilities(self, values):
-        others = self._others.iloc[np.zeros(len(values), dtype=int)].reset_index(drop=True)
-        changed = pd.DataFrame(values, columns=self._columns)
-        return self._answer(pd.concat([changed, others], axis=1))
+        rows = self._row.iloc[np.zeros(len(values), dtype=int)].reset_index(drop=True)
+        # In place: a table put together from columns is slow where there are very many.
+        rows.loc[:, self._columns] = values
+        return self._answer(rows)
 
     def flip(self) -> np.ndarray | None:
         """Return which columns a flip needs, or None if the attack does not succeed."""
@@ -118,10 +121,12 @@ def measure(model: PyFuncModel, split: Split, n_rows: int) -> Robustness | None:
 
     right = own.predict(None, split.X_test)["prediction"].to_numpy() == split.y_test.to_numpy()
     chosen = np.sort(np.random.default_rng(0).permutation(np.flatnonzero(right))[:n_rows])
+    # As the models see them: numbers are floats, which may be changed.
+    rows = convert(split.X_test, tracking.column_kinds(split.X_train))
     counts, flips = np.full(len(chosen), np.nan), np.zeros(len(limits))
     bar = progress(iterable=chosen, total=len(chosen), desc="Attacking", unit="row")
     for number, position in enumerate(bar):
-        row = split.X_test.iloc[[position]].astype(dict.fromkeys(limits.index, "float64"))
+        row = rows.iloc[[position]]
         changed = _Row(row, limits, answer, len(names)).flip()
         if changed is not None and changed.sum() <= MOST_COLUMNS:
             counts[number] = changed.sum()
