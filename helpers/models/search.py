@@ -280,7 +280,9 @@ class KernelGridSearch(GridSearchCV):
         """
         ranks = results["rank_test_score"]
         best = [results["params"][each] for each in np.flatnonzero(ranks == ranks.min())]
-        added, on_edge = {}, False
+        # Where all pairs are as good, no gamma of the grid tells the rows apart, as on a table of
+        # very many columns, whose rows are far from each other: go on until one does.
+        added, on_edge = {}, len(best) == len(ranks)
         for name, values in grid.items():
             values = sorted(set(values))
             for edge, inner in (values[:2], values[:-3:-1]) if len(values) > 1 else ():

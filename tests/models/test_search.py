@@ -428,3 +428,14 @@ def test_a_search_is_logged_with_all_its_steps_and_its_best_pairs(tracking_serve
     )
     assert len(children) == 10
     assert children["metrics.cv_accuracy"].max() == search.best_score_
+
+
+def test_search_on_very_many_columns_goes_on_until_a_gamma_tells_rows_apart():
+    y = np.arange(90) % 2
+    X = np.random.default_rng(0).normal(size=(90, 2000)) + 0.15 * y[:, None]
+    grid = {"svc__C": [0.5, 1.0], "svc__gamma": [4.0, 8.0]}
+    plain = KernelGridSearch(scaled_svm(), grid, cv=3).fit(X, y)
+    assert set(plain.cv_results_["mean_test_score"]) == {0.5}
+    search = KernelGridSearch(scaled_svm(), grid, beyond_edges=True, cv=3).fit(X, y)
+    assert search.best_params_["svc__gamma"] < 0.5
+    assert search.best_score_ > 0.6
