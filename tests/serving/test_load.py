@@ -85,13 +85,11 @@ LARGE = {
     "one text": lambda: b'{"params": "' + "😀".encode() * (MOST // 4) + b'"}',
     "an open quotation mark": lambda: b"length,width\n1," + b'"' + b"1,\n" * (MOST // 3),
     "new names": lambda: (
-        b'{"dataframe_records": [' + b",".join(b'{"%d":1}' % n for n in range(4_000_000)) + b"]}"
+        b'{"dataframe_records": [' + b",".join(b'{"%d":1}' % n for n in range(1_000_000)) + b"]}"
     ),
     "rows to answer": lambda: (
-        ",".join(NAMES).encode()
-        + b"\n"
-        + b"1.125,10.50,30,Lisboa,171\n" * 80_000
-        + b" " * (MOST - 2_500_000)
+        ",".join([*NAMES, "note"]).encode()
+        + (b"\n1.125,10.50,30,Lisboa,171," + b"x" * 800) * (MOST // 830)
     ),
 }
 
@@ -103,7 +101,7 @@ def test_large_request_takes_at_most_ten_times_its_size(served, case):
     kind = "text/csv" if body.startswith(b"length") else "application/json"
     with measured(served) as found:
         answer = post(served.client, body, NETWORK, kind)
-    assert answer.status_code < 500
+    assert answer.status_code in ((200,) if case == "rows to answer" else (400, 413))
     assert found["grown"] < 10 * 64 * MB
     assert found["waited"]
 
@@ -244,4 +242,4 @@ def test_thousand_requests_beside_idle_connections_and_an_upload_are_all_answere
         for model, answer in pool.map(ask_one_by_one, range(8)):
             assert len(answer) == 125
             assert_same(answer, local_models[model].predict(rows))
-        assert len(uploaded.result().json()["predictions"]) == 80_000
+        assert len(uploaded.result().json()["predictions"]) == MOST // 830
