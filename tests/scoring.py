@@ -62,9 +62,9 @@ def log_network(split, folder):
     return mlflow.get_run(made.run.info.run_id)
 
 
-def put_in_production(name, run, split):
+def put_in_production(name, run, split, grouping=()):
     """Register a run's model and promote it, as notebook 04 does; return the version."""
-    candidate, client = Candidate(name, run, split), mlflow.MlflowClient()
+    candidate, client = Candidate(name, run, split, grouping=dict(grouping)), mlflow.MlflowClient()
     checks = pd.concat({name: PASSED})
     with registry.promoting(candidate, checks, "a test") as promotion:
         version = promotion.version or mlflow.register_model(candidate.model_uri, name)

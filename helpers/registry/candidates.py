@@ -29,8 +29,9 @@ MIN_UNSEEN = 30  # test rows new to the version in Production, to measure it on 
 class Candidate:
     """A trained model on its way to Production under the name of a registered model.
 
-    `robustness`, `explanation` and `groups` are None if not measured; `measures` are the baselines
-    and the promotion rules that it was checked by, empty before.
+    `robustness`, `explanation` and `groups` are None if not measured; `grouping` says how rows
+    become groups, empty if they do not; `measures` are the baselines and the promotion rules that
+    it was checked by, empty before.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Candidate:
     robustness: Robustness | None = field(default=None, repr=False)
     explanation: Explanation | None = field(default=None, repr=False)
     groups: GroupReport | None = field(default=None, repr=False)
+    grouping: dict[str, dict] = field(default_factory=dict, repr=False)
     measures: tuple = field(default=(), repr=False)
 
     @property

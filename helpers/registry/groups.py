@@ -267,6 +267,8 @@ def measure_groups(
 ) -> dict[str, GroupReport]:
     """Measure each candidate by group, log it with its run, and set it in the candidate.
 
+    The monitoring will watch the same groups.
+
     Parameters
     ----------
     candidates : dict of str to Candidate
@@ -294,6 +296,7 @@ def measure_groups(
         notice(f"{name!r} is missing in {rows:,} test rows; they are a group of their own.")
     client = mlflow.MlflowClient()
     for candidate in candidates.values():
+        candidate.grouping = grouping
         # A candidate that does not load is refused by the checks, which say why.
         with suppress(*LOAD_ERRORS):
             candidate.groups = measure(split.y_test, candidate.answer, split.labels, groups, alarm)

@@ -27,6 +27,7 @@ from helpers.registry.production import (
     production_version,
     versions_of,
 )
+from helpers.registry.rates import reference_rates
 from helpers.registry.reference import REFERENCE, make_reference
 from helpers.workspace import ProjectError, is_interactive
 
@@ -139,6 +140,7 @@ def promoting(
     promotion = Promotion(LOADS not in failed.index, failed.empty and not there, version)
     if promotion.loads:
         reference = make_reference(candidate.split, candidate.answer)
+        reference |= reference_rates(candidate.split, candidate.answer, candidate.grouping)
         mlflow.MlflowClient().log_dict(candidate.run.info.run_id, reference, REFERENCE)
 
     registered = partial(_version_of, candidate)

@@ -9,6 +9,7 @@ import pytest
 from sklearn.pipeline import make_pipeline
 
 from helpers import monitoring, registry, series
+from helpers.registry.rates import reference_rates
 from helpers.registry.reference import make_reference
 from helpers.serving import scored_rows
 from helpers.serving.recorder import Recorder
@@ -22,7 +23,9 @@ class Promoted:
     def __init__(self, split):
         self.split, self.classifier = split, make_pipeline(*fit_svm(split))
         answer = answer_of(self.classifier, split.X_test, split.labels)
-        self.reference = json.loads(json.dumps(make_reference(split, answer)))
+        self.grouping = registry.make_grouping(split, ["city", "age"])
+        reference = make_reference(split, answer) | reference_rates(split, answer, self.grouping)
+        self.reference = json.loads(json.dumps(reference))
 
     def stream(self, seed=0, n_rows=300, **changed):
         """Draw rows and labelled answers as production might get them, with columns changed."""
@@ -49,7 +52,8 @@ class Watched:
 
     def __init__(self, name, folder, logged, promoted):
         self.name, self.split = name, promoted.split
-        self.version = str(put_in_production(name, logged, promoted.split).version)
+        version = put_in_production(name, logged, promoted.split, promoted.grouping)
+        self.version = str(version.version)
         self.workspace = open_workspace(folder)
 
     def score(self, request_id, rows, answers, labels=None):
