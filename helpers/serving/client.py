@@ -109,6 +109,7 @@ def ask(
     rows: pd.DataFrame,
     session: requests.Session | None = None,
     record: bool = True,
+    demo: bool = False,
 ) -> pd.DataFrame:
     """Ask a model for predictions, in one request.
 
@@ -120,6 +121,8 @@ def ask(
         Reused between requests.
     record : bool
         Whether the server may keep the rows for the monitoring.
+    demo : bool
+        Whether it keeps them apart, as those of a demo.
 
     Returns
     -------
@@ -136,7 +139,7 @@ def ask(
     try:
         answer = (session or client.session()).post(
             f"{client.address(model)}/invocations",
-            params={} if record else {"record": "false"},
+            params=({} if record else {"record": "false"}) | ({"demo": "true"} if demo else {}),
             data=f'{{"dataframe_split": {body}}}'.encode(),
             headers={"Content-Type": "application/json"},
             timeout=TIMEOUT,

@@ -2,7 +2,8 @@
 
 The scoring server writes here (`helpers.serving.recorder`), `helpers.monitoring` reads. Of a
 request only the columns that the model knows are kept, no address and no user; names that clients
-send along in other columns are not. The oldest rows go when there are too many.
+send along in other columns are not. The oldest rows go when there are too many. What was asked for
+a demo is marked by its ids and never read together with the rest.
 """
 
 import json
@@ -11,7 +12,7 @@ import re
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from reprlib import repr as shortened
@@ -22,6 +23,7 @@ from helpers.workspace import ProjectError
 
 TIMEOUT = 30  # seconds to wait for another process that writes
 ROW_ID = re.compile(r"\S+-[0-9]{1,9}")
+DEMO = "demo-"  # the ids of a demo start with it
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -88,8 +90,8 @@ def row_ids(request_id: str, n_rows: int) -> list[str]:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def read_rows(path: Path, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return scored rows with their answers and labels, the oldest first.
+def read_rows(path: Path, model: str, demo: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return scored rows, real ones or those of a demo, with answers and labels, oldest first.
 
     Returns
     -------
@@ -99,9 +101,12 @@ def read_rows(path: Path, model: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         Same index; ``time`` (UTC), ``version``, ``prediction``, ``probability_<label>`` and
         ``label`` (None where not known yet).
     """
-    query = "SELECT id, time, version, n_rows, content FROM requests WHERE model = ? ORDER BY time"
+    query = (
+        "SELECT id, time, version, n_rows, content FROM requests "
+        "WHERE model = ? AND (id GLOB ?) = ? ORDER BY time"
+    )
     with connect(path) as connection:
-        found = connection.execute(query, (model,)).fetchall()
+        found = connection.execute(query, (model, f"{DEMO}*", demo)).fetchall()
         labels = {
             row_id: json.loads(label)
             for row_id, label in connection.execute("SELECT id, label FROM labels")
@@ -153,11 +158,14 @@ def known_rows(path: Path, ids: Iterable[str]) -> set[str]:
     return known
 
 
-def is_known(path: Path, model: str, version: str) -> bool:
-    """Tell whether rows are kept that this version answered."""
-    query = "SELECT 1 FROM requests WHERE model = ? AND version = ? LIMIT 1"
+def date_demo(path: Path, model: str, version: str, times: Sequence[float]) -> int:
+    """Give the requests of a version's demo their times, in order; return how many there are."""
+    query = "SELECT id FROM requests WHERE model = ? AND version = ? AND id GLOB ? ORDER BY rowid"
     with connect(path) as connection:
-        return connection.execute(query, (model, version)).fetchone() is not None
+        found = connection.execute(query, (model, version, f"{DEMO}*")).fetchall()
+        dated = [(when, *key) for when, key in zip(times, found, strict=False)]
+        connection.executemany("UPDATE requests SET time = ? WHERE id = ?", dated)
+    return len(found)
 
 
 def wait_for(path: Path, row_id: str, seconds: float = 30.0) -> bool:

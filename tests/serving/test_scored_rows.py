@@ -36,8 +36,19 @@ def test_rows_answers_and_labels_are_read_back(recorder):
     assert answers["probability_low"].tolist() == [0.75] * 3
     assert answers["label"].tolist() == [None, "low", None]
     assert scored_rows.read_rows(recorder.path, "another")[0].empty
-    assert scored_rows.is_known(recorder.path, "model", "1")
-    assert not scored_rows.is_known(recorder.path, "model", "2")
+
+
+def test_rows_of_a_demo_are_read_apart_and_get_their_dates(recorder):
+    for request_id in ("demo-b", "real", "demo-a"):
+        assert write(recorder, request_id, pd.DataFrame({"age": [1]}))
+    assert scored_rows.date_demo(recorder.path, "model", "1", [0, 86_400]) == 2
+    assert scored_rows.date_demo(recorder.path, "model", "2", [0]) == 0
+    _, real = scored_rows.read_rows(recorder.path, "model")
+    _, demo = scored_rows.read_rows(recorder.path, "model", demo=True)
+    assert list(real.index) == ["real-0"]
+    assert real["time"].dt.year.item() > 2000
+    assert list(demo.index) == ["demo-b-0", "demo-a-0"]
+    assert demo["time"].dt.strftime("%Y-%m-%d").tolist() == ["1970-01-01", "1970-01-02"]
 
 
 def test_no_more_rows_are_kept_than_allowed_and_the_oldest_go(recorder):
