@@ -117,6 +117,11 @@ def _model_colours(names: Sequence[str]) -> dict[str, str]:
     return colours
 
 
+def _title(metric: str) -> str:
+    name = METRIC_NAMES.get(metric) or metric.replace("recall_", "recall of ")
+    return _wrap(name, 30)
+
+
 def _whole_numbers(axis) -> None:
     axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
@@ -328,7 +333,7 @@ def _bars(axes: Axes, metric: str, values: Iterable[float], colours: dict[str, s
             axes.text(1.4 * top, place, form.format(value), va="center", ha="right")
     axes.grid(visible=False, axis="y")
     axes.set(xlim=(0, 1.4 * top), xticks=(0, top / 2, top), ylim=(len(models) - 0.5, -0.5))
-    axes.set_title(_wrap(METRIC_NAMES[metric], 24))
+    axes.set_title(_title(metric))
 
 
 @_picture
@@ -376,6 +381,7 @@ def robustness(result, name: str) -> Figure:
 # --- 05: production ---------------------------------------------------------------------------
 
 PERIOD_METRICS = ("accuracy", "f1_macro", "calibration_error", "drifted_columns")
+MOST_RECALLS = 5  # classes whose recall is drawn, those that are found worst
 
 
 @_picture
@@ -391,6 +397,19 @@ def periods(report) -> Figure | None:
     matplotlib.figure.Figure or None
         None if there is no period yet.
     """
+    return _production(report, PERIOD_METRICS, estimated=False)
+
+
+@_picture
+def estimates(report) -> Figure | None:
+    """Draw accuracy and recalls of Production, estimated and as labels say, like `periods`."""
+    promised = pd.DataFrame(report.references).mean(axis=1)
+    recalls = promised.filter(regex="^recall_(?!micro$|macro$)")
+    worst = sorted(recalls.nsmallest(MOST_RECALLS).index)
+    return _production(report, ("accuracy", *worst), estimated=True)
+
+
+def _production(report, metrics: Sequence[str], estimated: bool) -> Figure | None:
     if report.periods.empty:
         return None
     table = report.periods.sort_values("start")
@@ -401,44 +420,58 @@ def periods(report) -> Figure | None:
     promised = {
         row.who: report.references[f"{row.model} {row.version}"] for row in versions.itertuples()
     }
-    shown = [name for name in PERIOD_METRICS if name in table and table[name].notna().any()]
+    guesses = {name: f"estimated_{name}" for name in metrics if estimated}
+    table = table.reindex(columns=[*table.columns.union([*metrics, *guesses.values()])])
+    shown = [
+        name for name in metrics if table.filter([name, guesses.get(name)]).notna().any(axis=None)
+    ]
     order = table["period"].unique()
-    values = table.pivot(index="period", columns="who", values=shown).loc[order].astype(float)
+    values = table.pivot(index="period", columns="who").loc[order]
     single = len(order) == 1
     height = 0.9 + 0.45 * len(colours) if single else 2.6
     figure, panels = _panels(len(shown), 2, height, rest=0.7, sharey=single)
     for axes, metric in zip(panels, shown, strict=True):
         marks = {who: of[metric] for who, of in promised.items() if metric in of}
         draw = _one_period if single else _many_periods
-        draw(axes, metric, values[metric], colours, marks)
+        guess = values[guesses[metric]].astype(float) if estimated else None
+        draw(axes, metric, values[metric].astype(float), colours, marks, guess)
     if not single:
         entries = axes.get_legend_handles_labels()
         figure.legend(*entries, loc="outside lower center", ncols=2)
+    what = "Demo" if report.demo else "Production"
+    key = "dotted: at promotion" * (len(shown) > 1)
+    if estimated:
+        key += f"; {'diamond' if single else 'dashed'}: estimated without labels"
     when = order[0] if single else "over time"
-    figure.suptitle(f"Production, {when}" + " (dotted: at promotion)" * (len(shown) > 1))
+    figure.suptitle(f"{what}, {when}" + f" ({key})" * bool(key))
     return figure
 
 
-def _one_period(axes: Axes, metric: str, values: pd.DataFrame, colours: dict, marks: dict):
+def _one_period(axes: Axes, metric: str, values, colours: dict, marks: dict, guess=None):
     _bars(axes, metric, values[list(colours)].iloc[0], colours)
     for place, who in enumerate(colours):
         if who in marks:
             axes.vlines(marks[who], place - 0.45, place + 0.45, "black", ":")
+        if guess is not None:
+            axes.plot(guess[who], place, "D", color="black", fillstyle="none")
 
 
-def _many_periods(axes: Axes, metric: str, values: pd.DataFrame, colours: dict, marks: dict):
+def _many_periods(axes: Axes, metric: str, values, colours: dict, marks: dict, guess=None):
     places = np.arange(len(values))
     for number, (who, colour) in enumerate(colours.items()):
         beside = 0.2 * (number - (len(colours) - 1) / 2)
         look = {"marker": "os^Dv"[number % 5], "markersize": 4, "color": colour}
         axes.plot(places + beside, values[who], label=who, **look)
+        if guess is not None:
+            axes.plot(places + beside, guess[who], "--", color=colour, alpha=0.8)
         if who in marks:
             axes.axhline(marks[who], color=colour, linestyle=":")
     # At most three of them are legible; of a week its first day.
     ticks = places[:: -(-len(places) // 3)]
     axes.set_xticks(ticks, [_wrap(values.index[tick].split("/")[0], 11) for tick in ticks])
+    axes.set_xlim(-0.5, len(places) - 0.5)
     axes.grid(visible=False, axis="x")
-    axes.set_title(METRIC_NAMES[metric])
+    axes.set_title(_title(metric))
     if metric == "drifted_columns":
         _whole_numbers(axes.yaxis)
         axes.set_ylim(-0.2, max(4, values.max(axis=None) + 0.5))

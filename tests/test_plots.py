@@ -51,9 +51,11 @@ def make_report(n_periods, models=MODELS, labelled=True):
             start = pd.Timestamp("2026-11-01", tz="UTC") + pd.Timedelta(days=number)
             row = {"model": model, "version": "1", "period": str(start.date()), "start": start}
             measured = {"accuracy": 0.78, "f1_macro": 0.71, "calibration_error": 0.04}
+            row |= {"estimated_accuracy": 0.76, f"estimated_recall_{LONG}": 0.6}
             rows.append({**row, "drifted_columns": 1, **(measured if labelled else {})})
-    references = {f"{model} 1": {"accuracy": 0.79, "f1_macro": 0.7} for model in models}
-    return SimpleNamespace(periods=pd.DataFrame(rows), references=references)
+    promised = {"accuracy": 0.79, "f1_macro": 0.7, "recall_macro": 0.7, f"recall_{LONG}": 0.5}
+    references = {f"{model} 1": promised for model in models}
+    return SimpleNamespace(periods=pd.DataFrame(rows), references=references, demo=True)
 
 
 def make_log(users=(LONG, NASTY, "x_1^2$ or so", None), kinds=("look", "rejected")):
@@ -87,6 +89,8 @@ PICTURES = {
     "one period": lambda _: plots.periods(make_report(1)),
     "no labels yet": lambda _: plots.periods(make_report(1, labelled=False)),
     "periods": lambda _: plots.periods(make_report(20)),
+    "estimates of one period": lambda _: plots.estimates(make_report(1, labelled=False)),
+    "estimates": lambda _: plots.estimates(make_report(20)),
     "activity": lambda _: plots.activity(make_log()),
 }
 
@@ -214,6 +218,19 @@ def test_one_period_shows_each_model_and_several_hide_none():
     assert len(curves) == 2
     assert not set(curves[0].get_xdata()) & set(curves[1].get_xdata())
     assert plots.periods(SimpleNamespace(periods=pd.DataFrame(), references={})) is None
+
+
+def test_estimates_stand_in_the_picture_of_what_labels_say():
+    report = make_report(5)
+    report.periods.loc[report.periods["period"] == "2026-11-05", "accuracy"] = np.nan
+    figure = plots.estimates(report)
+    assert figure.get_suptitle().startswith("Demo, over time")
+    accuracy, recall = figure.axes
+    assert recall.get_title().startswith("recall of")
+    lines = {line.get_linestyle(): line.get_ydata() for line in accuracy.lines}
+    np.testing.assert_equal(lines["-"], [0.78] * 4 + [np.nan])
+    np.testing.assert_equal(lines["--"], [0.76] * 5)
+    assert plots.estimates(SimpleNamespace(periods=pd.DataFrame(), references={})) is None
 
 
 def test_legend_of_the_activity_has_only_what_happened():

@@ -19,9 +19,10 @@ import psutil
 import pytest
 from sklearn.metrics import log_loss
 
-from helpers import registry
+from helpers import monitoring, registry
 from helpers.data import load_split
 from helpers.series import STEPS
+from helpers.serving import scored_rows
 from helpers.workspace import PROJECT_ROOT, open_workspace
 from tests.series import (
     METRICS,
@@ -133,16 +134,24 @@ def test_candidate_was_attacked_and_its_reference_kept(client, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_first_day_in_production_is_what_was_promoted(client, name):
+def test_demo_of_production_is_what_was_promoted_until_it_shifts(client, sample_run, name):
     (run,) = find_runs(client, name)
-    version = client.get_model_version(name, "1")
-    assert version.tags["monitoring"].startswith("ok ")
-    experiment = client.get_experiment_by_name("monitoring").experiment_id
-    (day,) = client.search_runs([experiment], f"tags.model = '{name}'")
-    assert day.data.metrics["rows"] == day.data.metrics["labelled"] == 1328
-    for metric in ("accuracy", "f1_macro", "recall_Dropout"):
-        assert day.data.metrics[metric] == pytest.approx(run.data.metrics[metric], abs=1e-6)
-    assert day.data.metrics["alerts"] == day.data.metrics["drifted_columns"] == 0
+    workspace = open_workspace(sample_run[0])
+    report = monitoring.monitor(workspace, demo=True)
+    periods = report.periods[report.periods["model"] == name].reset_index()
+    usual, shifted = periods[:6], periods[6:]
+    for metric in ("accuracy", "recall_Dropout"):
+        promoted = run.data.metrics[metric]
+        assert usual[metric].mean() == pytest.approx(promoted, abs=0.05)
+        assert usual[f"estimated_{metric}"].mean() == pytest.approx(promoted, abs=0.05)
+    assert usual["alerts"].sum() == 0
+    assert shifted["alerts"].sum() > 0
+    assert shifted["estimated_accuracy"].max() < usual["estimated_accuracy"].min()
+    assert "Gender" in report.groups[name].index.get_level_values("column")
+    # Nothing of that is real.
+    assert "monitoring" not in client.get_model_version(name, "1").tags
+    assert client.get_experiment_by_name("monitoring") is None
+    assert scored_rows.read_rows(workspace.scored_rows, name)[0].empty
 
 
 def test_network_logs_its_losses_epoch_by_epoch(client):

@@ -2,16 +2,27 @@
 
 A metric raises an alert when it is worse than at promotion by more than its limit, and surely so:
 in at least `SURE` of the bootstrap draws of the period's rows. When a column has drifted is in
-`helpers.monitoring.drift`.
+`helpers.monitoring.drift`. Groups are few rows, then and now: their shares are compared after
+Agresti and Caffo [1]_, all of a period at once with an error of 1 - `SURE`; estimates likewise, as
+if they were counted.
+
+References
+----------
+.. [1] A. Agresti, B. Caffo (2000). *Simple and Effective Confidence Intervals for Proportions and
+   Differences of Proportions Result from Adding Two Successes and Two Failures*. The American
+   Statistician 54(4), 280-288. doi:10.1080/00031305.2000.10474560
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from helpers.models.evaluation import class_names, compute_metrics
 from helpers.monitoring.drift import EFFECT, column_drift, prediction_shift
+from helpers.registry.groups import FEWEST_ROWS
+from helpers.registry.rates import ALL, count_rates, read_rates
 from helpers.registry.reference import calibration
 
 # Largest changes since promotion; recall: of each class, overconfidence: a gain, all others losses.
@@ -156,3 +167,72 @@ def check_unlabelled(
         message = f"the predicted classes have shifted to {shares} (effect {effect:.2f})"
         findings.append(Finding("predictions", effect, EFFECT, message))
     return findings, table
+
+
+def check_rates(
+    rows: pd.DataFrame, answers: pd.DataFrame, reference: dict
+) -> tuple[list[Finding], pd.DataFrame]:
+    """Compare accuracy and recall by group with those at promotion, before or after labels.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        What was asked.
+    answers : pandas.DataFrame
+        As for `measure`; without ``label``, all is estimated, see `helpers.registry.rates`, and
+        compared with what was estimated at promotion.
+    reference : dict
+        Of a version, with those of `helpers.registry.rates.reference_rates`.
+
+    Returns
+    -------
+    findings : list of Finding
+        Of groups; of estimates of all rows together, too.
+    table : pandas.DataFrame
+        Index: ``column``, ``group``, ``metric``; ``rows`` that it is a share of, ``value``,
+        ``promoted``, ``change`` since then, and ``worse``, whether that is a finding: these
+        first, and what fell most. Without what too few rows tell.
+    """
+    estimated = "label" not in answers
+    before = read_rates(reference, "estimated" if estimated else "labelled")
+    now = count_rates(
+        rows, answers, reference["labels"], reference["grouping"], answers.get("label")
+    )
+    both = now.join(before, how="inner", rsuffix="_before")
+    both = both[both["whole"] >= FEWEST_ROWS]
+    limits = both.index.get_level_values("metric").map(_limit).to_numpy("float64")
+    change, variance = -limits, 0.0
+    for sign, end in ((-1, ""), (1, "_before")):
+        whole = both[f"whole{end}"] + 2
+        share = (both[f"hits{end}"] + 1) / whole
+        change, variance = change + sign * share, variance + share * (1 - share) / whole
+    z = change / np.sqrt(variance)
+    table = pd.DataFrame(
+        {
+            "rows": both["whole"].round().astype(int),
+            "value": both["hits"] / both["whole"],
+            "promoted": both["hits_before"] / both["whole_before"],
+        }
+    )
+    table["change"] = table["value"] - table["promoted"]
+    of_all = both.index.get_level_values("column") == ALL
+    compared = np.where(of_all, of_all.sum(), (~of_all).sum())
+    table["worse"] = z > norm.isf((1 - SURE) / compared)
+    table = table.sort_values(["worse", "change"], ascending=[False, True])
+    findings = []
+    for (column, group, metric), row in table[table["worse"]].iterrows():
+        if column == ALL and not estimated:
+            continue  # what `check_labelled` looks at
+        name = metric if column == ALL else f"{metric} of {column} {group}"
+        name += " (estimated)" * estimated
+        threshold = row["promoted"] - _limit(metric)
+        message = (
+            f"{name} {row['value']:.3f} is below {threshold:.3f} "
+            f"({row['promoted']:.3f} at promotion)"
+        )
+        findings.append(Finding(name, float(row["value"]), float(threshold), message))
+    return findings, table
+
+
+def _limit(metric: str) -> float:
+    return LIMITS["accuracy" if metric == "accuracy" else "recall"]

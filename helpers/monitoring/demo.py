@@ -1,4 +1,4 @@
-"""For the notebook: a first day of production, and a rehearsal of a bad one."""
+"""For the notebook: a demo of production, and a rehearsal of a bad day."""
 
 import numpy as np
 import pandas as pd
@@ -12,29 +12,49 @@ from helpers.registry.reference import make_reference, watched_columns
 from helpers.serving import ScoringClient, ask, scored_rows
 from helpers.workspace import Workspace
 
-ROWS = 200  # per request of the first day
+ROWS = 250  # per period of the demo
+PERIODS, HARD, WITHOUT_LABELS = 10, 4, 2  # of it; the last ones with hard rows, without labels
 
 
-def play_first_day(workspace: Workspace, client: ScoringClient, split: Split) -> str:
-    """Send the test rows to the scoring server, and their labels after them; say what was done.
+def play_demo(workspace: Workspace, client: ScoringClient, split: Split, period: str = "D") -> str:
+    """Let production seem to have been asked for a while; return what was done.
 
-    A version that was asked before is left alone.
+    Test rows are sent to the scoring server, and their labels after them. In the last periods
+    they come from the half that the first model is less sure of, and the newest have no labels
+    yet. The rows are marked: real monitoring does not see them. A version that was asked before
+    is not asked again; its rows get the dates of today's demo.
+
+    Parameters
+    ----------
+    period
+        As for `helpers.monitoring.monitor`.
     """
-    done = []
+    today = pd.Timestamp.now("UTC").tz_localize(None).to_period(period)
+    dates = pd.period_range(end=today, periods=PERIODS)
+    times = [date.start_time.timestamp() for date in dates]
+    database, done, hard = workspace.scored_rows, [], None
     for name, model in client.models.items():
+        first = scored_rows.date_demo(database, name, model["version"], times)
         title = f"{name} version {model['version']}"
-        if scored_rows.is_known(workspace.scored_rows, name, model["version"]):
-            done.append(f"{title} has been asked before; nothing sent.")
+        done.append(f"{title}: a demo of {PERIODS} periods, {dates[0]} to {today}.")
+        if first >= PERIODS:
             continue
+        arrived = []
         with client.session() as session:
-            parts = [
-                ask(client, name, split.X_test.iloc[start : start + ROWS], session)
-                for start in range(0, len(split.X_test), ROWS)
-            ]
-        ids = pd.concat(parts).index
-        scored_rows.wait_for(workspace.scored_rows, ids[-1])
-        add_labels(workspace, split.y_test.set_axis(ids))
-        done.append(f"{title}: {len(ids):,} rows and labels.")
+            for number in range(first, PERIODS):
+                if hard is None:
+                    answer = ask(client, next(iter(client.models)), split.X_test, session, False)
+                    sure = answer.filter(like="probability_").max(axis=1).to_numpy()
+                    hard = split.X_test.iloc[sure.argsort()[: max(1, len(sure) // 2)]]
+                rows = split.X_test if number < PERIODS - HARD else hard
+                rows = rows.sample(ROWS, replace=len(rows) < ROWS, random_state=number)
+                ids = ask(client, name, rows, session, demo=True).index
+                if number < PERIODS - WITHOUT_LABELS:
+                    arrived.append(split.y_test[rows.index].set_axis(ids))
+        scored_rows.wait_for(database, ids[-1])
+        if arrived:
+            add_labels(workspace, pd.concat(arrived))
+        scored_rows.date_demo(database, name, model["version"], times)
     return "\n".join(done)
 
 

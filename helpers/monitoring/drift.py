@@ -40,15 +40,18 @@ def _sample(summary: dict) -> np.ndarray:
 
 def _compare_levels(counts: list, values: pd.Series) -> Result:
     """Compare levels today with a reference; the effect is Cramér's V."""
-    now = levels(values).value_counts()
-    table = pd.DataFrame({"before": pd.Series(dict(counts), dtype="float64"), "now": now}).fillna(0)
-    expected = table.sum(axis=1) / table.to_numpy().sum() * table.sum().min()
-    table = table.groupby(table.index.where(expected >= RARE, "other levels")).sum()
+    before, now = dict(counts), levels(values).value_counts().to_dict()
+    # In numpy: many columns of many periods are compared.
+    table = np.array([[each.get(level, 0) for each in (before, now)] for level in before | now])
+    rare = table.sum(axis=1) / table.sum() * table.sum(axis=0).min() < RARE
+    if rare.any():
+        table = np.vstack([table[~rare], table[rare].sum(axis=0)])
     if len(table) < 2:
         return "chi-squared", 0.0, 1.0
-    counted = table.to_numpy().astype(int)
-    effect = stats.contingency.association(counted)
-    return "chi-squared", float(effect), float(stats.chi2_contingency(counted).pvalue)
+    result = stats.chi2_contingency(table)
+    expected = result.expected_freq
+    effect = np.sqrt((np.square(table - expected) / expected).sum() / table.sum())
+    return "chi-squared", float(effect), float(result.pvalue)
 
 
 def _compare_numbers(summary: dict, values: pd.Series) -> Result:

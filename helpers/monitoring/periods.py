@@ -13,7 +13,16 @@ from helpers import registry, series, tracking
 from helpers.display import notice
 from helpers.models.evaluation import class_names
 from helpers.monitoring.alerting import AlertError, raise_alerts, tag_version
-from helpers.monitoring.checks import Finding, check_labelled, check_unlabelled, measure
+from helpers.monitoring.checks import (
+    MIN_LABELLED,
+    MIN_ROWS,
+    Finding,
+    check_labelled,
+    check_rates,
+    check_unlabelled,
+    measure,
+)
+from helpers.registry.rates import ALL, count_rates
 from helpers.serving import scored_rows
 from helpers.workspace import Workspace, is_interactive
 
@@ -27,31 +36,43 @@ class Report:
     Attributes
     ----------
     periods : pandas.DataFrame
-        One row per model, version and period: rows, labelled rows, metrics, drifted columns,
-        and ``alerts`` (their number).
+        One row per model, version and period: rows, labelled rows, metrics, the same estimated
+        before labels arrive (``estimated_<metric>``), drifted columns, and ``alerts`` (their
+        number).
     drift : dict of str to pandas.DataFrame
         By model: `helpers.monitoring.drift.column_drift` of the newest period with enough rows.
+    groups : dict of str to pandas.DataFrame
+        By model: the table of `helpers.monitoring.checks.check_rates` of the newest period with
+        enough labels.
+    findings : pandas.DataFrame
+        ``model``, ``version``, ``period`` and ``message`` of all that is worse than it may be.
     current : list of str
         Messages of the alerts of the newest period of each version in Production.
     references : dict of str to dict
         Metrics at promotion, by model and version, ``name version``.
+    demo : bool
+        Whether all that is of a demo.
     """
 
     periods: pd.DataFrame
     drift: dict[str, pd.DataFrame]
+    groups: dict[str, pd.DataFrame]
+    findings: pd.DataFrame
     current: list[str]
     references: dict[str, dict]
+    demo: bool = False
 
     def table(self) -> pd.DataFrame:
         """Return the periods as a table to look at."""
         if self.periods.empty:
             return self.periods
-        names = ["rows", "labelled", "accuracy", "f1_macro", "calibration_error"]
+        names = ["rows", "labelled", "estimated_accuracy", "accuracy", "f1_macro"]
+        names += ["calibration_error"]
         shown = [name for name in (*names, "drifted_columns", "alerts") if name in self.periods]
         return self.periods.set_index(["model", "version", "period"])[shown].round(4)
 
 
-def monitor(workspace: Workspace, period: str = "D") -> Report:
+def monitor(workspace: Workspace, period: str = "D", demo: bool = False) -> Report:
     """Look at all scored rows, period by period; log, and raise alerts.
 
     A period that was looked at before is not logged again unless rows or labels came since; an
@@ -61,37 +82,51 @@ def monitor(workspace: Workspace, period: str = "D") -> Report:
     ----------
     period : str
         Length, as pandas writes it: ``h``, ``D``, ``W``, ``M``.
+    demo
+        Look at the rows of a demo instead, of the versions in Production; nothing is logged, and
+        nobody alarmed.
     """
-    report = Report(pd.DataFrame(), {}, [], {})
-    entries = []
+    report = Report(pd.DataFrame(), {}, {}, pd.DataFrame(), [], {}, demo)
+    entries, found = [], []
     for name in series.MODELS:
-        rows, answers = scored_rows.read_rows(workspace.scored_rows, name)
+        rows, answers = scored_rows.read_rows(workspace.scored_rows, name, demo)
         if answers.empty:
             continue
         production = registry.production_version(name)
         # As numbers: as texts, 10 would stand before 9.
         for number, of_version in answers.groupby(answers["version"].astype(int)):
             version = str(number)
+            in_production = production is not None and str(production.version) == version
+            if demo and not in_production:
+                continue
             reference = _reference(name, version)
             if reference is None:
                 notice(f"{name} version {version} has no reference to compare with.", "warning")
                 continue
             report.references[f"{name} {version}"] = reference["metrics"]
+            if not reference.get("grouping"):
+                notice(f"{name} version {version} was promoted without groups; none is watched.")
             periods = of_version["time"].dt.tz_localize(None).dt.to_period(period)
             for when, part in of_version.groupby(periods):
-                figures, findings, drift = _look(rows.loc[part.index], part, reference)
+                figures, findings, drift, groups = _look(rows.loc[part.index], part, reference)
                 keys = {"model": name, "version": version, "period": str(when)}
                 start = when.start_time.tz_localize("UTC")
                 entries.append({**keys, "start": start, **figures})
+                found += [(*keys.values(), each.message) for each in findings]
                 if drift is not None:
                     report.drift[name] = drift
-                _log_period(keys, figures)
-                raise_alerts(workspace, *keys.values(), findings)
-            if production is not None and str(production.version) == version:
+                if groups is not None and len(groups):
+                    report.groups[name] = groups
+                if not demo:
+                    _log_period(keys, figures)
+                    raise_alerts(workspace, *keys.values(), findings)
+            if in_production:
                 messages = [f"{name} version {version}: {each.message}" for each in findings]
                 report.current.extend(messages)
-                tag_version(*keys.values(), findings)
-    return replace(report, periods=pd.DataFrame(entries))
+                if not demo:
+                    tag_version(*keys.values(), findings)
+    findings = pd.DataFrame(found, columns=["model", "version", "period", "message"])
+    return replace(report, periods=pd.DataFrame(entries), findings=findings)
 
 
 def _reference(name: str, version: str) -> dict | None:
@@ -105,8 +140,8 @@ def _reference(name: str, version: str) -> dict | None:
 
 def _look(
     rows: pd.DataFrame, answers: pd.DataFrame, reference: dict
-) -> tuple[dict[str, float], list[Finding], pd.DataFrame | None]:
-    """Return the figures of a period, what is worse, and the drift of its columns."""
+) -> tuple[dict[str, float], list[Finding], pd.DataFrame | None, pd.DataFrame | None]:
+    """Return the figures of a period, what is worse, the drift of its columns, and its groups."""
     # A file of labels does not tell the text 1 from the number.
     by_text = {str(label): label for label in reference["labels"]}
     labels = answers["label"].dropna().map(str)
@@ -122,10 +157,21 @@ def _look(
         figures["drifted_columns"] = int(drift["drifted"].sum())
     for name, label in zip(class_names(reference["labels"]), reference["labels"], strict=True):
         figures[f"predicted_{name}"] = float((answers["prediction"] == label).mean())
+    expected = count_rates(rows, answers, reference["labels"], {})
+    for (_, _, metric), share in (expected["hits"] / expected["whole"]).items():
+        figures[f"estimated_{metric}"] = float(share)
     if len(labelled):
         figures |= measure(labelled, reference["labels"])
         findings = check_labelled(labelled, reference) + findings
-    return {**figures, "alerts": len(findings)}, findings, drift
+    groups = None
+    if "grouping" in reference:  # of a version that was promoted by an earlier edition it is not
+        if len(labelled) >= MIN_LABELLED:
+            worse, groups = check_rates(rows.loc[labelled.index], labelled, reference)
+            groups = groups.drop(ALL, level="column")
+            findings += worse
+        elif len(rows) >= MIN_ROWS:
+            findings += check_rates(rows, answers.drop(columns="label"), reference)[0]
+    return {**figures, "alerts": len(findings)}, findings, drift, groups
 
 
 def _log_period(keys: dict[str, str], figures: dict[str, float]) -> None:

@@ -3,7 +3,8 @@ import pandas as pd
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, recall_score
 
-from helpers.monitoring.checks import check_labelled, check_unlabelled, measure
+from helpers.monitoring.checks import check_labelled, check_rates, check_unlabelled, measure
+from helpers.registry.rates import count_rates
 
 SEEDS = range(10)
 
@@ -15,6 +16,8 @@ def test_stream_like_the_training_rows_is_silent(promoted, seed):
     findings, table = check_unlabelled(rows, answers, promoted.reference)
     assert findings == []
     assert not table["drifted"].any()
+    for known in (answers, answers.drop(columns="label")):
+        assert check_rates(rows, known, promoted.reference)[0] == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -75,3 +78,65 @@ def test_metrics_are_those_of_scikit_learn(labels):
         assert metrics[f"recall_{label}"] == pytest.approx(recall)
     expected = answers[names].max(axis=1).mean() - (true == said).mean()
     assert metrics["overconfidence"] == pytest.approx(expected)
+
+
+# --- by group, and before labels arrive ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("labels", [["high", "low", "middle"], [0, 1]])
+def test_calibrated_probabilities_foretell_what_labels_say_later(labels):
+    random, n_rows = np.random.default_rng(0), 20_000
+    chances = random.dirichlet(np.ones(len(labels)), n_rows)
+    answers = pd.DataFrame(chances, columns=[f"probability_{label}" for label in labels])
+    answers.insert(0, "prediction", np.asarray(labels)[chances.argmax(axis=1)])
+    drawn = (chances.cumsum(axis=1) < random.random((n_rows, 1))).sum(axis=1)
+    true = np.asarray(labels)[np.minimum(drawn, len(labels) - 1)]
+    rows = pd.DataFrame({"side": random.choice(["a", "b"], n_rows)})
+    grouping = {"side": {"levels": {"a": "left", "b": "right"}}}
+    estimated = count_rates(rows, answers, labels, grouping)
+    counted = count_rates(rows, answers, labels, grouping, true)
+    assert {group for _, group, _ in counted.index} == {"", "left", "right"}
+    shares = [each["hits"] / each["whole"] for each in (estimated, counted)]
+    np.testing.assert_allclose(*shares, atol=0.02)
+    of_all = counted.xs("", level="column").droplevel("group")
+    assert (of_all["hits"] / of_all["whole"])["accuracy"] == accuracy_score(
+        true, answers["prediction"]
+    )
+    recalls = recall_score(true, answers["prediction"], average=None, labels=labels)
+    measured = (of_all["hits"] / of_all["whole"])[[f"recall_{label}" for label in labels]]
+    np.testing.assert_allclose(measured, recalls)
+
+
+def test_alert_names_the_group_that_it_got_worse_for(promoted):
+    rows, answers = promoted.stream(n_rows=900)
+    of_group = rows["city"] == "Faro"
+    answers.loc[of_group, "label"] = "high"
+    findings, table = check_rates(rows, answers, promoted.reference)
+    messages = [each.message for each in findings if " city " in each.message]
+    assert any(message.startswith("accuracy of city Faro 0.") for message in messages)
+    assert all("city Faro" in message for message in messages)
+    assert table.index[0][:2] == ("city", "Faro")
+
+
+def test_rows_that_became_harder_are_an_alert_before_their_labels_arrive(promoted):
+    rows, answers = promoted.stream(n_rows=3000)
+    answers = answers.drop(columns="label")
+    hard = answers.filter(like="probability_").max(axis=1).nsmallest(300).index
+    findings, _ = check_rates(rows.loc[hard], answers.loc[hard], promoted.reference)
+    metrics = [each.metric for each in findings]
+    assert "accuracy (estimated)" in metrics
+    assert [name for name in metrics if " of city " in name]
+
+
+def test_group_of_few_rows_and_group_that_is_new_prove_nothing(promoted):
+    rows, answers = promoted.stream(n_rows=300)
+    rows.loc[rows.index[:40], "city"] = "Nowhere"
+    rows.loc[rows.index[40:], "city"] = "Porto"
+    rows.loc[rows.index[40:55], "city"] = "Faro"
+    wrong = rows["city"] != "Porto"
+    answers.loc[wrong, "label"] = answers.loc[wrong, "prediction"].map(
+        {"low": "high", "high": "low", "middle": "low"}
+    )
+    _, table = check_rates(rows, answers, promoted.reference)
+    groups = {group for column, group, _ in table.index if column == "city"}
+    assert groups == {"Porto"}

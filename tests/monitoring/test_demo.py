@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import pandas as pd
 from sklearn.pipeline import make_pipeline
 
 from helpers import monitoring, registry, serving
@@ -14,18 +15,29 @@ from tests.conftest import split_frame
 from tests.scoring import answer_of, fit_svm, serve_here
 
 
-def test_first_day_is_sent_once_with_its_labels(watched, promoted):
+def test_demo_is_sent_once_and_kept_out_of_real_monitoring(watched, promoted):
     model = load(watched.name, registry.production_version(watched.name))
     app = Application(Models(model), Recorder(watched.workspace.scored_rows))
     with serve_here(app.starlette()) as url:
         client = serving.connect(url)
-        done = monitoring.play_first_day(watched.workspace, client, promoted.split)
-        again = monitoring.play_first_day(watched.workspace, client, promoted.split)
-    assert done == f"{watched.name} version 1: 450 rows and labels."
-    assert "nothing sent" in again
-    report = watched.monitor()
-    assert report.periods["labelled"].tolist() == [450]
-    assert report.current == []
+        done = monitoring.play_demo(watched.workspace, client, promoted.split)
+        assert done.startswith(f"{watched.name} version 1: a demo of 10 periods")
+        monitoring.play_demo(watched.workspace, client, promoted.split, "W")
+        serving.ask(client, watched.name, promoted.split.X_test.head(7))
+    demo = monitoring.monitor(watched.workspace, "W", demo=True).periods
+    assert demo["rows"].tolist() == [250] * 10
+    assert demo["labelled"].tolist() == [250] * 8 + [0] * 2
+    assert demo["start"].diff().dropna().eq(pd.Timedelta(weeks=1)).all()
+    # The rows of the later periods are hard, which labels say, and without them the estimate.
+    assert demo["accuracy"][6:8].max() < demo["accuracy"][:6].min() - 0.05
+    assert demo["estimated_accuracy"][6:].max() < demo["estimated_accuracy"][:6].min() - 0.05
+    assert demo["alerts"][:6].sum() == 0
+    assert demo["alerts"][6:].sum() > 0
+    assert watched.runs() == []
+    assert monitoring.alerts(watched.workspace).empty
+    assert watched.tag() is None
+    assert watched.monitor().periods["rows"].tolist() == [7]
+    assert watched.tag().startswith("ok ")
 
 
 def test_rehearsal_finds_something_and_writes_nothing(watched, promoted):

@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from helpers import monitoring, plots
+from helpers import monitoring, plots, registry, series
 from helpers.monitoring.alerting import AlertError
 from helpers.monitoring.labels import LabelsError, read_labels
 from helpers.registry.production import ALIAS
@@ -41,7 +41,11 @@ def test_labels_that_arrive_later_bring_the_period_up_to_date(watched, promoted)
     rows, answers = promoted.stream(2)
     watched.score("first", rows, answers)
     assert watched.monitor().periods["labelled"].tolist() == [0]
-    assert "accuracy" not in watched.runs()[0].data.metrics
+    before = watched.runs()[0].data.metrics
+    assert "accuracy" not in before
+    assert before["estimated_accuracy"] == pytest.approx(
+        answers.filter(like="probability_").max(axis=1).mean()
+    )
     watched.label("first", answers["label"])
     watched.monitor()
     (run,) = watched.runs()
@@ -65,6 +69,28 @@ def test_version_that_was_deleted_is_left_out(watched, promoted, capsys):
     client.delete_model_version(watched.name, watched.version)
     assert watched.monitor().periods.empty
     assert "has no reference" in capsys.readouterr().out
+
+
+def test_version_without_groups_says_so_and_is_watched_as_a_whole(
+    watch, monkeypatch, promoted, tmp_path, capsys
+):
+    name = f"model_{tmp_path.name}"
+    monkeypatch.setattr(series, "MODELS", {name: series.MODELS[SVM]})
+    monkeypatch.setattr(promoted, "grouping", {})
+    watched = watch(name, tmp_path / "ws")
+    rows, answers = promoted.stream()
+    watched.score("good", rows, answers, answers["label"])
+    report = watched.monitor()
+    assert "without groups" in capsys.readouterr().out
+    assert report.groups == {}
+    assert report.periods["estimated_accuracy"].notna().all()
+    assert plots.estimates(report) is not None
+    # What an earlier edition logged at promotion knows of neither groups nor estimates.
+    version = registry.production_version(name)
+    kept = {key: promoted.reference[key] for key in ("labels", "columns", "predictions", "metrics")}
+    mlflow.MlflowClient().log_dict(version.run_id, kept, registry.REFERENCE)
+    earlier = watched.monitor().periods
+    pd.testing.assert_frame_equal(earlier, report.periods)
 
 
 # --- alerts ------------------------------------------------------------------------------------
@@ -91,6 +117,8 @@ def test_alert_is_in_the_table_the_tag_the_webhook_and_fails_a_batch_run(watched
     report = watched.monitor()
     table = monitoring.alerts(watched.workspace)
     assert {"accuracy", "f1_macro", "drift length"} <= set(table["metric"])
+    assert table["metric"].str.startswith("accuracy of city ").any()
+    assert report.findings["message"].tolist() == table["message"].tolist()
     assert (table["model"] == watched.name).all()
     assert watched.tag().startswith("alert ")
     assert "accuracy" in watched.tag()
