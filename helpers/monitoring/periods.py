@@ -105,7 +105,7 @@ def monitor(workspace: Workspace, period: str = "D", demo: bool = False) -> Repo
                 continue
             report.references[f"{name} {version}"] = reference["metrics"]
             if not reference.get("grouping"):
-                notice(f"{name} version {version} was promoted without groups; none is watched.")
+                notice(f"{name} version {version} was promoted without GROUPS; none is watched.")
             periods = of_version["time"].dt.tz_localize(None).dt.to_period(period)
             for when, part in of_version.groupby(periods):
                 figures, findings, drift, groups = _look(rows.loc[part.index], part, reference)

@@ -81,7 +81,7 @@ def test_version_without_groups_says_so_and_is_watched_as_a_whole(
     rows, answers = promoted.stream()
     watched.score("good", rows, answers, answers["label"])
     report = watched.monitor()
-    assert "without groups" in capsys.readouterr().out
+    assert "without GROUPS" in capsys.readouterr().out
     assert report.groups == {}
     assert report.periods["estimated_accuracy"].notna().all()
     assert plots.estimates(report) is not None
