@@ -130,9 +130,9 @@ def test_requirements_name_every_library_that_the_helpers_import():
         "art": "adversarial-robustness-toolbox",
         "ai_edge_litert": "ai-edge-litert",
     }
-    # Keras, joblib and threadpoolctl come with TensorFlow and scikit-learn, IPython and what handles
-    # notebooks with ipykernel, papermill and jupyter, the database's tools, a cache and Jinja with
-    # MLflow; pexpect with IPython where there is a Drive to mount.
+    # Keras, joblib and threadpoolctl come with TensorFlow and scikit-learn, IPython and what
+    # handles notebooks with ipykernel, papermill and jupyter, the database's tools, a cache and
+    # Jinja with MLflow; pexpect with IPython where there is a Drive to mount.
     brought = {"keras", "joblib", "IPython", "jupyter_client", "nbformat", "nbconvert", "google"}
     brought |= {"alembic", "sqlalchemy", "packaging", "cloudpickle", "cachetools", "pexpect"}
     brought |= {"jinja2", "threadpoolctl"}
