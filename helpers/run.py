@@ -259,7 +259,7 @@ def _check_first(options: argparse.Namespace, parameters: dict) -> None:
         from helpers import data
 
         table = data.load_table(source, None, target, categorical, drop)
-        data.check_split(table, test_size)
+        data.distinct_rows(table, test_size)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -125,8 +125,8 @@ def test_gap_is_a_warning_and_above_max_gap_a_reason_to_refuse(
 
 
 def test_groups_are_logged_with_the_run_and_nothing_is_where_a_name_is_wrong(model, runs, capsys):
-    candidates = {model.name: model.candidate(runs.good[0])}
-    client, run_id = mlflow.MlflowClient(), runs.good[0].info.run_id
+    candidates = {model.name: model.candidate(runs.good[1])}
+    client, run_id = mlflow.MlflowClient(), runs.good[1].info.run_id
     for wrong in ((["city"], "hi"), (["cty"], "low")):
         with pytest.raises(ParameterError):
             registry.measure_groups(candidates, *wrong)
