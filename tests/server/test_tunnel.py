@@ -714,16 +714,16 @@ def test_only_pages_of_colab_may_frame_the_ui_and_no_page_what_is_public(served,
     assert framing(requests.get(url).headers) == (None, "SAMEORIGIN")
     public = shown().url
     users.change_rules(served, private=["5000-colab.example"])
-    reader = ("reader", credentials.password_of(served, "reader"))
+    admin = ("admin", credentials.password_of(served, "admin"))
     try:
         ancestors, _ = framing(
-            requests.get(url, headers={"Host": "5000-colab.example"}, auth=reader).headers
+            requests.get(url, headers={"Host": "5000-colab.example"}, auth=admin).headers
         )
         assert ancestors.split() == [
             *("frame-ancestors", "'self'", "https://colab.research.google.com"),
             "https://*.googleusercontent.com",
         ]
-        page = outside(public, "/", auth=reader)
+        page = outside(public, "/", auth=admin)
         assert (page.status_code, framing(page.headers)) == (200, (None, "SAMEORIGIN"))
     finally:
         users.change_rules(served, private=[])
