@@ -27,7 +27,7 @@ from mlflow.pyfunc import PyFuncModel
 from sklearn.inspection import permutation_importance
 from sklearn.metrics import log_loss
 
-from helpers.data import Split
+from helpers.data import Split, most_telling
 from helpers.registry.groups import alarm_label
 from helpers.registry.production import LOAD_ERRORS
 
@@ -41,6 +41,7 @@ REPEATS = 3  # times that it is
 SAMPLES = 40  # orders of the columns in which each value of a row is put in place
 BACKGROUND_ROWS = 100  # training rows whose values stand for "not known"
 MOST_NAMED = 3  # columns named in a sentence
+MOST_EXPLAINED = 40  # columns that are shuffled and explained; the others stay as they are
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Explanation:
     ----------
     importance : pandas.DataFrame
         By column, the most important first: ``mean`` and ``std`` over the shuffles of how much
-        the log loss rises.
+        the log loss rises; of many columns, the most telling ones.
+    n_columns : int
+        How many the table has.
     rows : dict of str to shap.Explanation
         By description of a test row: what its values add to the probability of `label`.
     label : str or int
@@ -59,6 +62,7 @@ class Explanation:
     """
 
     importance: pd.DataFrame
+    n_columns: int
     rows: "dict[str, ShapValues]"
     label: str | int
 
@@ -72,10 +76,13 @@ class Explanation:
         if some.empty:
             return "No column decides: shuffling any of them changes nothing beyond chance."
         named = [f"{name} (+{row['mean']:.2f})" for name, row in some.head(MOST_NAMED).iterrows()]
+        shown, all_of_them = len(self.importance), f"{self.n_columns:,} columns"
+        of = (
+            all_of_them if shown == self.n_columns else f"the {shown} most telling of {all_of_them}"
+        )
         return (
             f"What decides most: {', '.join(named)}; in brackets, how much the log loss rises when "
-            f"the column is shuffled. Of {len(self.importance)} columns {len(some)} matter beyond "
-            "chance."
+            f"the column is shuffled. Of {of} {len(some)} matter beyond chance."
         )
 
 
@@ -124,45 +131,62 @@ def explain(model: PyFuncModel, split: Split, answer: pd.DataFrame, label=None) 
     """
     if label is None:
         label = split.y_train.value_counts().idxmin()
-    classifier = _Classifier(model, split)
-    importance = _importance(classifier, split)
-    return Explanation(importance, _explain_rows(classifier, split, answer, label), label)
+    classifier, columns = _Classifier(model, split), _looked_at(split)
+    importance = _importance(classifier, split, columns)
+    rows = _explain_rows(classifier, split, answer, label, columns)
+    return Explanation(importance, len(split.X_test.columns), rows, label)
 
 
-def _importance(classifier: _Classifier, split: Split) -> pd.DataFrame:
-    def score(classifier, X, y):
-        return -log_loss(y, classifier.predict_proba(X), labels=split.labels)
+def _looked_at(split: Split) -> list[str]:
+    """Return the columns that are explained: of many, the most telling numbers and some codes."""
+    X, codes = split.X_train, list(split.categorical)
+    if len(X.columns) <= MOST_EXPLAINED:
+        return list(X.columns)
+    telling = most_telling(X[list(split.numeric)], split.y_train)
+    return [*codes[: MOST_EXPLAINED // 2], *telling][:MOST_EXPLAINED]
+
+
+def _importance(classifier: _Classifier, split: Split, columns: list[str]) -> pd.DataFrame:
+    def score(classifier, shuffled, y):
+        chances = classifier.predict_proba(X.assign(**shuffled))
+        return -log_loss(y, chances, labels=split.labels)
 
     # Not by `max_samples`, which compares the scores of samples with that of all rows.
     X = split.X_test.sample(min(SHUFFLED_ROWS, len(split.X_test)), random_state=0)
     options = {"scoring": score, "n_repeats": REPEATS, "random_state": 0}
     with joblib.parallel_config("threading", n_jobs=-1):
-        found = permutation_importance(classifier, X, split.y_test[X.index], **options)
+        found = permutation_importance(classifier, X[columns], split.y_test[X.index], **options)
     table = {"mean": found.importances_mean, "std": found.importances_std}
-    index = pd.Index(X.columns, name="column")
+    index = pd.Index(columns, name="column")
     return pd.DataFrame(table, index).sort_values("mean", ascending=False)
 
 
-def _explain_rows(classifier: _Classifier, split: Split, answer: pd.DataFrame, label) -> dict:
+def _explain_rows(
+    classifier: _Classifier, split: Split, answer: pd.DataFrame, label, columns: list[str]
+) -> dict:
     import shap  # here: it takes seconds to import
 
     places, number = _chosen(split, answer, label), split.labels.index(label)
     rows = split.X_test.iloc[list(places.values())]
     background = split.X_train.sample(min(BACKGROUND_ROWS, len(split.X_train)), random_state=0)
-    np.random.seed(0)  # shap draws from this generator
-    explainer = shap.SamplingExplainer(
-        lambda numbers: classifier.predict_proba(classifier.decode(numbers))[:, number],
-        classifier.encode(background),
-    )
-    values = explainer.shap_values(
-        classifier.encode(rows), nsamples=SAMPLES * rows.shape[1], silent=True
-    )
-    return {
-        title: shap.Explanation(
-            each, float(explainer.expected_value), rows.iloc[n].to_numpy(), feature_names=[*rows]
+    known = classifier.encode(background)
+    looked = rows.columns.get_indexer(columns)
+    found = {}
+    every = zip(places, rows[columns].to_numpy(), classifier.encode(rows), strict=True)
+    for title, row, codes in every:
+
+        def probability(numbers, codes=codes):
+            whole = np.tile(codes, (len(numbers), 1))
+            whole[:, looked] = numbers
+            return classifier.predict_proba(classifier.decode(whole))[:, number]
+
+        np.random.seed(0)  # shap draws from this generator
+        explainer = shap.SamplingExplainer(probability, known[:, looked])
+        values = explainer.shap_values(codes[looked], nsamples=SAMPLES * len(columns), silent=True)
+        found[title] = shap.Explanation(
+            values, float(explainer.expected_value), row, feature_names=columns
         )
-        for n, (title, each) in enumerate(zip(places, values, strict=True))
-    }
+    return found
 
 
 def _chosen(split: Split, answer: pd.DataFrame, label) -> dict[str, int]:

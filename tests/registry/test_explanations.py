@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from helpers import registry
-from helpers.registry import pictures
+from helpers.registry import explanations, pictures
 from helpers.registry.explanations import explain
 from helpers.workspace import ParameterError
 
@@ -56,6 +56,15 @@ def test_values_of_a_row_add_up_to_its_answer_and_each_adds_its_own_part(small_s
         assert adds.drop(["length", "city"]).abs().max() == pytest.approx(0, abs=1e-3)
         assert (adds["length"] > 0) == (row["length"] > middle)
         assert (adds["city"] > 0) == (row["city"] == "Porto")
+
+
+def test_of_many_columns_the_most_telling_are_explained_and_counted(small_split, monkeypatch):
+    monkeypatch.setattr(explanations, "MOST_EXPLAINED", 2)
+    found = explained(small_split, lambda rows: 0.2 + 0.6 * (rows["length"] > 1))
+    assert set(found.importance.index) == {"city", "length"}
+    assert "Of the 2 most telling of 5 columns 1 matter" in str(found)
+    for values in found.rows.values():
+        assert list(values.feature_names) == list(found.importance.index.sort_values())
 
 
 def test_pictures_show_names_with_dollars_as_they_are(small_split):
