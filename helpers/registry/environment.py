@@ -1,6 +1,9 @@
 """Whether a logged model answers elsewhere: where there is nothing but what it asks for."""
 
 import json
+import os
+import shutil
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -34,6 +37,8 @@ def check(model_uri: str, split: Split, answer: pd.DataFrame) -> str:
     CheckFailedError
         If it does not answer there, or otherwise than here.
     """
+    if not shutil.which("uv"):  # nor is a virtual environment's own, unless it is activated
+        os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         # From a folder of its own: the new environment needs no password of the server.
         folder = mlflow.artifacts.download_artifacts(model_uri, dst_path=temporary)

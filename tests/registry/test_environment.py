@@ -1,3 +1,6 @@
+import os
+import sysconfig
+
 import pytest
 
 from helpers.registry import environment
@@ -6,7 +9,10 @@ from tests.registry.conftest import failed
 
 
 @pytest.mark.slow
-def test_model_answers_where_there_is_nothing_but_what_it_requires(model, runs):
+def test_model_answers_where_there_is_nothing_but_what_it_requires(model, runs, monkeypatch):
+    own = sysconfig.get_path("scripts")
+    elsewhere = [folder for folder in os.get_exec_path() if folder != own]  # not activated
+    monkeypatch.setenv("PATH", os.pathsep.join(elsewhere))
     checks = model.findings(runs.good[0], check_environment=True)
     assert failed(checks) == []
     assert (
@@ -21,6 +27,7 @@ def test_model_that_answers_otherwise_or_not_at_all_elsewhere_is_refused(model, 
         environment.check(candidate.model_uri, runs.split, candidate.answer)
 
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(environment.sysconfig, "get_path", lambda name: "")
     with pytest.raises(CheckFailedError, match="does not answer .* uv"):
         check()
 
