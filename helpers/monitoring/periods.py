@@ -69,7 +69,8 @@ class Report:
         names = ["rows", "labelled", "estimated_accuracy", "accuracy", "f1_macro"]
         names += ["calibration_error"]
         shown = [name for name in (*names, "drifted_columns", "alerts") if name in self.periods]
-        return self.periods.set_index(["model", "version", "period"])[shown].round(4)
+        table = self.periods.set_index(["model", "version", "period"])[shown].round(4)
+        return table.rename(columns=lambda name: name.replace("_", " "))  # breaks where narrow
 
 
 def monitor(workspace: Workspace, period: str = "D", demo: bool = False) -> Report:

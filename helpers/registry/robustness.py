@@ -109,9 +109,3 @@ def _measure(candidate: "Candidate", n_rows: int) -> None:
     figure = plots.robustness(candidate.robustness, candidate.name)
     client.log_figure(run_id, figure, "robustness/robustness.png")
     mlflow.log_metrics(candidate.robustness.metrics(), run_id=run_id)
-
-
-def robustness_table(results: dict[str, Robustness]) -> pd.DataFrame:
-    """Lay the metrics of several models out as a table, one row per model."""
-    rows = {name: result.metrics() for name, result in results.items()}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model").round(3)

@@ -212,7 +212,7 @@ def _read_lines(file: Path) -> list[dict]:
 
 
 def summarize_activity(activity):
-    """Count requests by user: per kind, errors, and what was turned away and why.
+    """Count requests by user: per kind, errors, and what was turned away and why, if any was.
 
     Parameters
     ----------
@@ -232,6 +232,7 @@ def summarize_activity(activity):
     kinds = count_by_user(activity, "kind").reindex(columns=KINDS[:-1], fill_value=0)
     outcomes = count_by_user(activity, "outcome").reindex(columns=titles, fill_value=0)
     table = pd.concat([kinds, outcomes.rename(columns=titles)], axis=1)
+    table = table.loc[:, table.any()]
     return table.rename_axis(index="user", columns=None)
 
 

@@ -664,7 +664,9 @@ def test_notebook_signs_in_by_itself_and_its_files_are_in_the_workspace(public):
     with tracking.start_run("by itself", "one") as run:
         mlflow.log_text("hello", "a.txt")
     assert mlflow.artifacts.load_text(f"runs:/{run.info.run_id}/a.txt") == "hello"
-    assert last(public, user="notebooks")["outcome"] == "ok"
+    # Whether the experiment is there was asked first: that it is not is no error.
+    lines = settled(public).query("user == 'notebooks'")
+    assert set(lines["status"]) == {200, 404} and set(lines["outcome"]) == {"ok"}
     assert public.workspace.tracking_db.is_file()
     (note,) = public.workspace.artifacts.rglob(f"{run.info.run_id}/artifacts/a.txt")
     assert note.read_text() == "hello"
