@@ -231,13 +231,13 @@ def explain_candidates(
 
 def _log(run_id: str, explanation: Explanation, name: str) -> None:
     # Here: the scoring server, which needs no pictures, starts sooner.
-    from helpers.registry import pictures
+    from helpers import plots
 
     client = mlflow.MlflowClient()
     client.log_text(run_id, explanation.importance.to_csv(), "explanation/importance.csv")
-    client.log_figure(run_id, pictures.importance(explanation, name), "explanation/importance.png")
+    client.log_figure(run_id, plots.importance(explanation, name), "explanation/importance.png")
     for title, values in explanation.rows.items():
         path = f"explanation/{title.removeprefix('the ').replace(' ', '_')}"
-        client.log_figure(run_id, pictures.waterfall(explanation, title, name), f"{path}.png")
+        client.log_figure(run_id, plots.waterfall(explanation, title, name), f"{path}.png")
         added = pd.DataFrame({"value": values.data, "adds": values.values}, values.feature_names)
         client.log_text(run_id, added.rename_axis("column").to_csv(), f"{path}.csv")

@@ -188,6 +188,10 @@ class GroupReport:
             f"{group} ({column})" for column, group in self.table.index[self.table[metric].isna()]
         ]
 
+    def interval(self, metric: str) -> tuple[pd.Series, pd.Series]:
+        """Return the ends of the intervals of a metric, by column and group."""
+        return tuple(self.table[metric + end] for end in ENDS)
+
     def to_json(self) -> str:
         """Return everything as a JSON text."""
         table = json.loads(self.table.reset_index().to_json(orient="records"))
@@ -283,7 +287,7 @@ def measure_groups(
         If the table lacks a column or the class; before anything is logged.
     """
     # Here: the scoring server, which needs no pictures, starts sooner.
-    from helpers.registry import pictures
+    from helpers import plots
 
     split = next(iter(candidates.values())).split
     grouping, alarm = make_grouping(split, columns), alarm_label(split, alarm_class)
@@ -304,7 +308,7 @@ def measure_groups(
     for name, report in reports.items():
         run_id = candidates[name].run.info.run_id
         client.log_text(run_id, report.to_json(), ARTIFACT)
-        client.log_figure(run_id, pictures.groups(report, name), "groups/groups.png")
+        client.log_figure(run_id, plots.groups(report, name), "groups/groups.png")
         if report.gap is not None:
             client.log_metric(run_id, "largest_group_gap", report.gap.size)
     if reports and (small := report.too_small):

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
+from helpers import plots
 from helpers.models import evaluation
 from helpers.models.evaluation import compute_metrics, metrics_table
-from helpers.registry import certainty, pictures
+from helpers.registry import certainty
 
 
 @pytest.fixture
@@ -68,4 +69,4 @@ def test_probabilities_that_mean_what_they_say_are_on_the_line(split, answers, l
     too_sure = answer.assign(probability_low=answer["probability_low"] ** 0.2)
     bold = certainty.calibration_curve(split, too_sure, "low")
     assert (bold["share"] < bold["probability"]).all()
-    assert len(pictures.calibration({"a": curve, "b": bold}, "title").axes) == 1
+    assert len(plots.calibration({"a": curve, "b": bold}, "title").axes) == 1

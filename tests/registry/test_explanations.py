@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from helpers import registry
-from helpers.registry import explanations, pictures
+from helpers import plots, registry
+from helpers.registry import explanations
 from helpers.registry.explanations import explain
 from helpers.workspace import ParameterError
 
@@ -71,7 +71,7 @@ def test_pictures_show_names_with_dollars_as_they_are(small_split):
     found = explained(small_split, lambda rows: 0.2 + 0.01 * rows["age"])
     (row, values), *_ = found.rows.items()
     values.feature_names = ["$a$", *values.feature_names[1:]]
-    figure = pictures.waterfall(found, row, "a model")
+    figure = plots.waterfall(found, row, "a model")
     texts = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
     assert any(r"\$a\$" in text for text in texts)
     assert values.feature_names[0] == "$a$"

@@ -1,4 +1,4 @@
-"""Pictures of what a model is asked before it is promoted, in the look of `helpers.plots`."""
+"""Pictures of the candidates and of what they are asked before promotion: notebook 04."""
 
 from copy import copy
 
@@ -9,21 +9,78 @@ from matplotlib import pyplot
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from helpers.plots import PALETTE, _figure, _model_colours, _names, _panels, _picture, _wrap
-from helpers.registry.explanations import Explanation
-from helpers.registry.groups import ENDS, GroupReport
+from helpers.plots.style import (
+    PALETTE,
+    bars,
+    model_colours,
+    one_panel,
+    panels_of,
+    picture,
+    short_names,
+    wrap,
+)
 
+COMPARED_METRICS = ("accuracy", "f1_macro", "roc_auc_ovr")
 MOST_COLUMNS = 12
 MOST_VALUES = 9  # of a row, that are shown each
 
 
-@_picture
-def importance(explanation: Explanation, name: str) -> Figure:
-    """Draw how much the log loss of a model rises when a column is shuffled, for the top ones."""
+@picture
+def comparison(
+    metrics: dict[str, dict[str, float]], intervals: dict[str, dict] | None = None
+) -> Figure:
+    """Draw the metrics of several models, by model, side by side; as lines the `intervals`."""
+    colours = model_colours(list(metrics))
+    figure, panels = panels_of(3, 3, 0.6 * len(metrics), rest=1.1, sharey=True)
+    for axes, name in zip(panels, COMPARED_METRICS, strict=True):
+        bars(axes, name, [of.get(name) for of in metrics.values()], colours)
+        for place, model in enumerate(metrics):
+            if ends := (intervals or {}).get(model, {}).get(name):
+                axes.hlines(place, *ends, color="black", linewidth=2)
+    figure.suptitle("Measured on the test rows (line: 95 % interval)")
+    return figure
+
+
+@picture
+def robustness(result, name: str) -> Figure:
+    """Draw how many answers of a model flip with how few changed columns, and which columns.
+
+    Parameters
+    ----------
+    result : helpers.registry.robustness.Robustness
+    name : str
+        The model.
+    """
+    colour = model_colours([name])[name]
+    flipped, most = result.flipped(), result.flips.sort_values(ascending=False).head(8)
+    figure, (left, right) = panels_of(2, 2, 0.48 * max(6, len(most)), rest=1.0)
+    left.bar(flipped.index, flipped, color=colour)
+    left.set(xlabel="columns changed, at most", ylabel="answers flipped", ylim=(0, 1))
+    left.set_xticks(flipped.index)
+    right.barh(list(short_names(most.index, 26).values()), most, color=colour)
+    right.set(xlabel="flips that change the column", xlim=(0, 1))
+    right.invert_yaxis()
+    for axes, names, shares in ((left, "x", left.yaxis), (right, "y", right.xaxis)):
+        axes.grid(visible=False, axis=names)
+        shares.set_major_formatter(PercentFormatter(1))
+    figure.suptitle(f"{name}: {result.n_rows} rows attacked")
+    return figure
+
+
+@picture
+def importance(explanation, name: str) -> Figure:
+    """Draw how much the log loss of a model rises when a column is shuffled, for the top ones.
+
+    Parameters
+    ----------
+    explanation : helpers.registry.explanations.Explanation
+    name : str
+        The model.
+    """
     most = explanation.importance.head(MOST_COLUMNS)
-    figure, axes = _figure(1.0 + 0.34 * len(most))
-    names = list(_names(most.index, 44, 1).values())
-    look = {"color": _model_colours([name])[name], "error_kw": {"elinewidth": 1.5, "capsize": 3}}
+    figure, axes = one_panel(1.0 + 0.34 * len(most))
+    names = list(short_names(most.index, 44, 1).values())
+    look = {"color": model_colours([name])[name], "error_kw": {"elinewidth": 1.5, "capsize": 3}}
     axes.barh(names, most["mean"], xerr=most["std"], **look)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.invert_yaxis()
@@ -34,8 +91,8 @@ def importance(explanation: Explanation, name: str) -> Figure:
     return figure
 
 
-@_picture
-def waterfall(explanation: Explanation, row: str, name: str) -> Figure:
+@picture
+def waterfall(explanation, row: str, name: str) -> Figure:
     """Draw what each value of a row adds to a probability: shap's own picture.
 
     Parameters
@@ -51,7 +108,7 @@ def waterfall(explanation: Explanation, row: str, name: str) -> Figure:
 
     colours = {"primary_color_positive": PALETTE[3], "primary_color_negative": PALETTE[0]}
     values = copy(explanation.rows[row])
-    names = _names(values.feature_names, 38, 1).values()
+    names = short_names(values.feature_names, 38, 1).values()
     # It writes f(x) as a formula; a "$" in the name of a column is still a character.
     values.feature_names = [each.replace("$", r"\$") for each in names]
     look = style_context(**colours, tick_labels_color="#555555")
@@ -68,36 +125,43 @@ def waterfall(explanation: Explanation, row: str, name: str) -> Figure:
     return figure
 
 
-@_picture
-def groups(report: GroupReport, name: str) -> Figure:
-    """Draw accuracy, recall of the class that matters and selection rate of each group."""
+@picture
+def groups(report, name: str) -> Figure:
+    """Draw accuracy, recall of the class that matters and selection rate of each group.
+
+    Parameters
+    ----------
+    report : helpers.registry.groups.GroupReport
+    name : str
+        The model.
+    """
     table, alarm = report.table, report.alarm
     titles = {"accuracy": "accuracy"}
     if alarm is not None:
         titles |= {f"recall_{alarm}": f"recall of {alarm}", "selection_rate": f"predicted {alarm}"}
-    figure, panels = _panels(len(titles), len(titles), 0.33 * len(table) + 0.5, sharey=True)
-    places, colour = np.arange(len(table)), _model_colours([name])[name]
+    figure, panels = panels_of(len(titles), len(titles), 0.33 * len(table) + 0.5, sharey=True)
+    places, colour = np.arange(len(table)), model_colours([name])[name]
     for axes, (metric, title) in zip(panels, titles.items(), strict=True):
-        low, high = (table[f"{metric}{end}"] for end in ENDS)
+        low, high = report.interval(metric)
         axes.hlines(places, low, high, color=colour, linewidth=2)
         axes.plot(table[metric], places, "o", color=colour)
         axes.axvline(report.overall[metric], color="black", linestyle=":", linewidth=1)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_title(_wrap(title, 28))
+        axes.set_title(wrap(title, 28))
     rows = [f"{column}: {group} ({n:,})" for (column, group), n in table["rows"].items()]
-    panels[0].set_yticks(places, _names(rows, 40, 1).values())
+    panels[0].set_yticks(places, short_names(rows, 40, 1).values())
     panels[0].set_ylim(len(table) - 0.5, -0.5)
     figure.suptitle(f"{name} by group (test rows); line: 95 % interval, dotted: all rows")
     return figure
 
 
-@_picture
+@picture
 def calibration(curves: dict[str, pd.DataFrame], title: str) -> Figure:
     """Draw how often models are right beside how sure they are; `curves` by model."""
-    figure, axes = _figure(4.2, 6.5)
+    figure, axes = one_panel(4.2, 6.5)
     axes.plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1)
     for (name, curve), colour in zip(
-        curves.items(), _model_colours([*curves]).values(), strict=True
+        curves.items(), model_colours([*curves]).values(), strict=True
     ):
         ends = np.abs(curve[["low", "high"]].T - curve["share"])
         look = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "elinewidth": 1}
