@@ -130,3 +130,31 @@ def test_disk_that_is_read_only_is_said_and_stays_as_it_is(small_disk):
     with pytest.raises(WorkspaceError, match="is not writable"):
         open_workspace(workspace.root)
     assert workspace.tracking_db.read_bytes() == b"kept"
+
+
+@pytest.mark.slow
+def test_disk_that_becomes_read_only_is_an_error_and_afterwards_all_goes_on(small_disk):
+    workspace = open_workspace(small_disk / "ws")
+    try:
+        process = started(workspace)
+        run_id = new_run(process.url)
+        with Load(process.url, run_id) as load:
+            # What is opened from now on lies on it; a disk in use is not mounted anew.
+            subprocess.run(["mount", "--bind", workspace.root, workspace.root], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", workspace.root], check=True)
+            try:
+                content = {"run_id": run_id, "key": "a", "value": "x"}
+                address = f"{process.url}{API}/runs/set-tag"
+                assert wait_for(lambda: requests.post(address, json=content).status_code >= 400)
+                file = f"{process.url}/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/a.txt"
+                assert requests.put(file, data=b"x").status_code >= 400
+                assert server.answers(process.url)
+                assert logged(process.url, run_id) >= load.kept
+            finally:
+                subprocess.run(["umount", "-l", workspace.root], check=True)
+            before = len(load.kept)
+            assert wait_for(lambda: len(load.kept) > before + 20)
+        assert logged(process.url, run_id) >= load.kept
+        assert (workspace.server / "log.txt").stat().st_size < 6_000_000
+    finally:
+        server.stop_server(workspace)
