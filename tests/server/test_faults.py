@@ -146,7 +146,7 @@ def test_disk_that_becomes_read_only_is_an_error_and_afterwards_all_goes_on(smal
                 content = {"run_id": run_id, "key": "a", "value": "x"}
                 address = f"{process.url}{API}/runs/set-tag"
                 assert wait_for(lambda: requests.post(address, json=content).status_code >= 400)
-                file = f"{process.url}/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/a.txt"
+                file = f"{process.url}/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/a.txt"
                 assert requests.put(file, data=b"x").status_code >= 400
                 assert server.answers(process.url)
                 assert logged(process.url, run_id) >= load.kept

@@ -14,6 +14,7 @@ from tests.server.routes import every_route
 
 pytestmark = pytest.mark.slow
 
+MCP_SERVER = "com.example/theirs"  # such a server must have a name of this kind
 # What an admin makes before, so that there is something to be changed: version of the API, path
 # and body.
 THINGS = [
@@ -45,6 +46,10 @@ THINGS = [
     ("3.0", "gateway/budgets/create", {"budget_unit": "USD", "budget_amount": 1.0,
         "duration": {"unit": "DAYS", "value": 1}, "target_scope": "GLOBAL",
         "budget_action": "ALERT"}),
+    ("2.0", "webhooks", {"name": "theirs", "url": "https://93.184.215.14/hook", "events": [
+        {"entity": "REGISTERED_MODEL", "action": "CREATED"}]}),
+    ("3.0", "mcp-servers", {"name": MCP_SERVER}),
+    ("3.0", f"mcp-servers/{MCP_SERVER}/tags", {"key": "a", "value": "b"}),
 ]  # fmt: skip
 
 
@@ -123,7 +128,8 @@ def ask_all(public, routes, theirs, user=None):
         sessions.put(public.session(user))
 
     def ask(route):
-        path, body = route.filled(theirs)
+        own = {"name": MCP_SERVER} if "/mcp-servers" in route.path else {}
+        path, body = route.filled(theirs | own)
         asking = sessions.get()
         # What takes no JSON is told by the address; what takes it gets nothing there.
         in_address = {} if route.fields and route.method != "GET" else body or theirs
