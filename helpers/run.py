@@ -250,8 +250,10 @@ def _check_first(options: argparse.Namespace, parameters: dict) -> None:
     users.is_open_to_all()
     declared = declared_parameters()
     names = ("DATA_SOURCE", "TARGET", "CATEGORICAL", "DROP", "TEST_SIZE")
+    names += ("GROUPS", "ALARM_CLASS")
     given = {name: parameters.get(name, declared[name].default) for name in names}
-    source, target, categorical, drop, test_size = check_parameters(**given).values()
+    checked = check_parameters(**given).values()
+    source, target, categorical, drop, test_size, columns, alarm_class = checked
     # What is resumed may be done and need its source no more; a local file costs nothing.
     remote = source == "uci" or "://" in source
     if "01" in options.only and source != "auto" and not (options.resume and remote):
@@ -260,6 +262,11 @@ def _check_first(options: argparse.Namespace, parameters: dict) -> None:
 
         table = data.load_table(source, None, target, categorical, drop)
         data.distinct_rows(table, test_size)
+        if columns or alarm_class:
+            from helpers.registry import groups
+
+            groups.check_columns(columns, table.features.columns)
+            groups.alarm_label(sorted(table.labels.unique()), alarm_class)
 
 
 def _run(options: argparse.Namespace) -> int:

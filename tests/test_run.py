@@ -16,6 +16,8 @@ from tests.series import run_notebook, run_series
         (("--data", "nowhere.csv"), "There is no file nowhere.csv"),
         (("--data", "{one_class}", "-p", "DROP", "b"), "has one class only"),
         (("--data", "sample", "-p", "TARGET", "nope"), "sample has no column 'nope'"),
+        (("--data", "sample", "-p", "GROUPS", '["Age"]'), "GROUPS names 'Age', which is no column"),
+        (("--data", "sample", "-p", "ALARM_CLASS", "drop"), "ALARM_CLASS must be one of the"),
     ],
 )
 def test_wrong_command_line_is_refused_before_anything_is_made(tmp_path, arguments, message):

@@ -208,7 +208,7 @@ def calibration_curves(
     """
     found = {}
     for name, candidate in candidates.items():
-        label = alarm_label(candidate.split, alarm_class)
+        label = alarm_label(candidate.split.labels, alarm_class)
         with suppress(*LOAD_ERRORS):
             found[name] = calibration_curve(candidate.split, candidate.answer, label)
     return found

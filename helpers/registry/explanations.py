@@ -217,7 +217,7 @@ def explain_candidates(
         If the table lacks the class; before anything is logged.
     """
     for candidate in candidates.values():
-        candidate.explanation, label = None, alarm_label(candidate.split, alarm_class)
+        candidate.explanation, label = None, alarm_label(candidate.split.labels, alarm_class)
         # A candidate that does not load is refused by the checks, which say why.
         with suppress(*LOAD_ERRORS):
             candidate.explanation = explain(

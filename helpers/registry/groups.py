@@ -66,13 +66,18 @@ def make_grouping(split: Split, columns: Sequence[str] | None) -> dict[str, dict
     """
     known = STUDENT_GROUPS if split.students else {}
     rows = split.X_train
-    for name in columns or ():
-        if name not in rows:
-            close = difflib.get_close_matches(name, rows.columns, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ParameterError(f"GROUPS names {name!r}, which is no column of the data.{hint}")
+    check_columns(columns, rows.columns)
     chosen = [name for name in known if name in rows] if columns is None else columns
     return {name: known.get(name) or _learn(rows[name], name in split.numeric) for name in chosen}
+
+
+def check_columns(columns: Sequence[str] | None, features: Sequence[str]) -> None:
+    """Raise `ParameterError` where `columns` of GROUPS are none of the features."""
+    for name in columns or ():
+        if name not in features:
+            close = difflib.get_close_matches(name, features, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ParameterError(f"GROUPS names {name!r}, which is no column of the data.{hint}")
 
 
 def _learn(values: pd.Series, numeric: bool) -> dict:
@@ -100,19 +105,19 @@ def _labels(values: pd.Series, how: dict) -> pd.Series:
     return labels.astype(pd.CategoricalDtype(dict.fromkeys([*names, MISSING]), ordered=True))
 
 
-def alarm_label(split: Split, alarm_class: str | None):
-    """Return the label of the class that matters most, or None if none does.
+def alarm_label(labels: Sequence, alarm_class: str | None):
+    """Return the label that ALARM_CLASS names as text, or None if no class matters most.
 
     None is `STUDENT_ALARM` where it is a class.
 
     Raises
     ------
     ParameterError
-        If the table has no such class.
+        If none of the labels reads so.
     """
-    found = [each for each in split.labels if str(each) == (alarm_class or STUDENT_ALARM)]
+    found = [each for each in labels if str(each) == (alarm_class or STUDENT_ALARM)]
     if not found and alarm_class:
-        known = ", ".join(map(str, split.labels))
+        known = ", ".join(map(str, labels))
         raise ParameterError(
             f"ALARM_CLASS must be one of the classes ({known}), not {alarm_class!r}."
         )
@@ -290,7 +295,7 @@ def measure_groups(
     from helpers import plots
 
     split = next(iter(candidates.values())).split
-    grouping, alarm = make_grouping(split, columns), alarm_label(split, alarm_class)
+    grouping, alarm = make_grouping(split, columns), alarm_label(split.labels, alarm_class)
     if not grouping:
         notice("GROUPS names no column: for whom the models work less well is not measured.")
         return {}

@@ -12,7 +12,6 @@ from helpers.data.students import STUDENT_CATEGORICAL
 from helpers.registry import groups
 from helpers.registry.groups import ARTIFACT, alarm_label, group_labels, make_grouping, measure
 from helpers.workspace import ParameterError
-from tests.registry.conftest import with_manifest
 
 
 def measured(hits_by_group):
@@ -58,9 +57,9 @@ def test_columns_and_classes_that_are_not_there_are_named(small_split):
     with pytest.raises(ParameterError, match="GROUPS names 'cty'.* Did you mean 'city'"):
         make_grouping(small_split, ["age", "cty"])
     with pytest.raises(ParameterError, match=r"ALARM_CLASS .*\(high, low, middle\), not 'hi'"):
-        alarm_label(small_split, "hi")
-    assert alarm_label(small_split, None) is None
-    assert alarm_label(with_manifest(small_split, classes=[0, 1]), "1") == 1
+        alarm_label(small_split.labels, "hi")
+    assert alarm_label(small_split.labels, None) is None
+    assert alarm_label([0, 1], "1") == 1
 
 
 def test_metrics_by_group_are_those_of_its_rows_and_small_ones_are_not_judged(small_split):
