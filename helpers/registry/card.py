@@ -78,6 +78,7 @@ def _facts(candidate: "Candidate", version: str, checks: pd.DataFrame) -> dict:
         "metrics": [
             (shown, candidate.metrics[name], candidate.intervals.get(name))
             for name, shown in names.items()
+            if name in candidate.metrics  # an earlier edition logged fewer
         ],
         "calibration": calibration(split.y_test, candidate.answer, split.labels),
         **_groups(candidate.groups),

@@ -93,7 +93,7 @@ def _check_reproduced(candidate, baselines, rules):
     recomputed = compute_metrics(candidate.split.y_test, candidate.answer, candidate.split.labels)
     logged = candidate.metrics
     missing = sorted(set(recomputed) - set(logged))
-    _require(not missing, f"not logged: {', '.join(missing)}")
+    _require(not missing, f"not logged: {', '.join(missing)}; train again")
     gaps = {name: abs(value - logged[name]) for name, value in recomputed.items()}
     worst = max(gaps, key=gaps.get)
     now, then = recomputed[worst], logged[worst]

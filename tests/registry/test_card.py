@@ -1,3 +1,4 @@
+from copy import deepcopy
 from importlib import metadata
 
 import mlflow
@@ -55,6 +56,18 @@ def test_card_in_spanish_says_the_same(model, runs):
     for word in ("rows", "the ", "interval |", "accuracy", "recall"):
         assert word in english
         assert word not in spanish
+
+
+def test_card_of_a_run_from_before_a_metric_was_logged_lacks_it(model, runs):
+    candidate = model.candidate(deepcopy(runs.good[0]))
+    del candidate.run.data.metrics["brier"]
+    checks = registry.check_candidates({model.name: candidate}, runs.baselines, model.rules())
+    assert checks.loc[(model.name, "metrics reproduced"), "finding"] == (
+        "not logged: brier; train again"
+    )
+    assert promote_by_cell(candidate, checks)["decision"] != "in Production"
+    artifact = mlflow.artifacts.load_text(f"runs:/{runs.good[0].info.run_id}/{card.ARTIFACT}")
+    assert "| accuracy |" in artifact and "Brier" not in artifact
 
 
 def test_what_was_not_measured_is_said(model, runs):
