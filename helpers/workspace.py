@@ -109,6 +109,10 @@ def open_workspace(path: str | os.PathLike | None = None) -> Workspace:
         )
     workspace = Workspace(root)
     try:
+        if not root.exists():
+            root.mkdir(parents=True)
+            # It holds passwords and rows: where it lies in a repository they are not committed.
+            (root / ".gitignore").write_text("*\n", encoding="ascii")
         for folder in (root, workspace.data, workspace.artifacts, workspace.executed):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

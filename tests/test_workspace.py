@@ -1,5 +1,6 @@
 """The workspace is a folder that can be written to, or a sentence says why not."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,12 @@ def test_workspace_is_made_where_the_environment_says(tmp_path, monkeypatch):
     assert workspace.root == tmp_path / "from environment"
     assert all(folder.is_dir() for folder in (workspace.data, workspace.artifacts))
     assert list(workspace.data.iterdir()) == []
+
+
+def test_new_workspace_is_no_part_of_a_repository_and_an_old_folder_stays_as_it_is(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (open_workspace(tmp_path / "mine").root / "passwords.json").write_text("{}")
+    status = ["git", "-C", tmp_path, "status", "--porcelain", "-uall"]
+    assert subprocess.run(status, capture_output=True, check=True).stdout == b""
+    (tmp_path / "own").mkdir()
+    assert not (open_workspace(tmp_path / "own").root / ".gitignore").exists()

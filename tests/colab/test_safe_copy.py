@@ -86,7 +86,7 @@ def machine(tmp_path, drive):
 
 def content(folder):
     """Return what is in a folder, by path."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".gitignore")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
