@@ -34,9 +34,13 @@ BRANCH = "main"
 NOTEBOOKS = PROJECT_ROOT / "notebooks"
 COPY = "MyDrive/mlflow_series"  # the safe copy in Google Drive
 READMES = {
-    "README.md": "The links appear here once `REPOSITORY` in `helpers/colab/setup.py` is set.",
+    "README.md": (
+        "The links appear here once `REPOSITORY` in `helpers/colab/setup.py` is set and "
+        "`python -m helpers.colab` was run."
+    ),
     "README.es.md": (
-        "Los enlaces aparecen aquí cuando `REPOSITORY` está en `helpers/colab/setup.py`."
+        "Los enlaces aparecen aquí cuando `REPOSITORY` tiene un valor en "
+        "`helpers/colab/setup.py` y se ha ejecutado `python -m helpers.colab`."
     ),
 }
 COLAB = "https://colab.research.google.com/github"
