@@ -116,7 +116,7 @@ class Progress(keras.callbacks.Callback):
     def _advice(self) -> str:
         saved = Path(self._backup.backup_dir, "training_metadata.json")
         if not saved.is_file():
-            return "nothing is kept yet; run the notebook again from 'The network' on"
+            return "run the cell again"
         epoch = json.loads(saved.read_text(encoding="utf-8"))["epoch"]
         return f"run the cell again, it goes on after epoch {epoch}"
 
@@ -133,7 +133,31 @@ class Progress(keras.callbacks.Callback):
 
 
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
-    """Keras' own, whose backups no interrupt cuts in two: the optimizer's half would be lost."""
+    """Keras' own, whose backups no interrupt cuts in two: the optimizer's half would be lost.
+
+    Without a backup a training begins with the weights that `network` has now, however often the
+    cell is run; `options` are those of Keras.
+
+    Raises
+    ------
+    ParameterError
+        If the network is trained already.
+    """
+
+    def __init__(self, folder: Path, network: keras.Model, **options):
+        super().__init__(folder, **options)
+        if int(network.optimizer.iterations):
+            raise ParameterError(
+                "The network is trained already. Run the notebook again from 'The network' on."
+            )
+        self._untrained = network.get_weights()
+
+    def on_train_begin(self, logs=None):
+        """Begin anew, or after the backup if there is one."""
+        self.model.set_weights(self._untrained)
+        for variable in self.model.optimizer.variables:
+            variable.assign(keras.ops.zeros_like(variable))
+        super().on_train_begin(logs)
 
     def on_train_batch_end(self, batch, logs=None):
         """Save every so often; an interrupt meanwhile comes after it."""
@@ -235,7 +259,7 @@ def log_training(network: keras.Model, rehearsal: pd.DataFrame, **settings):
         "pool_size": network.layers[2].pool_size[0],  # 1 where there is one place only
         "n_inputs": network.input_shape[1],
         "n_parameters": network.count_params(),
-        "optimizer": network.optimizer.name,
+        "optimizer": type(network.optimizer).__name__.lower(),
         "precision": network.dtype_policy.name,
     }
     mlflow.log_params({**settings, **sizes})

@@ -68,6 +68,8 @@ def measure(answers: pd.DataFrame, labels: list) -> dict[str, float]:
 def _draws(answers: pd.DataFrame, labels: list) -> tuple[np.ndarray, ...]:
     """Return bootstrap draws of accuracy, recalls, F1 scores and overconfidence.
 
+    The first is the rows themselves.
+
     Shapes: (RESAMPLES,), (RESAMPLES, n_classes), (RESAMPLES, n_classes) and (RESAMPLES,).
     """
     true = pd.Categorical(answers["label"], labels).codes.astype(int)
@@ -75,6 +77,7 @@ def _draws(answers: pd.DataFrame, labels: list) -> tuple[np.ndarray, ...]:
     confidence = answers[[f"probability_{label}" for label in labels]].max(axis=1).to_numpy()
     n_rows, size = len(true), len(labels)
     chosen = np.random.default_rng(0).integers(0, n_rows, (RESAMPLES, n_rows))
+    chosen[0] = np.arange(n_rows)
     cells = true[chosen] * size + predicted[chosen]
     cells += size * size * np.arange(RESAMPLES)[:, None]
     matrix = np.bincount(cells.ravel(), minlength=RESAMPLES * size * size)
@@ -122,7 +125,7 @@ def check_labelled(answers: pd.DataFrame, reference: dict) -> list[Finding]:
     for name, draws, before, limit, sign in compared:
         threshold = before - sign * limit
         if np.mean(sign * draws < sign * threshold) >= SURE:
-            value, side = float(draws.mean()), "below" if sign > 0 else "above"
+            value, side = float(draws[0]), "below" if sign > 0 else "above"
             message = f"{name} {value:.3f} is {side} {threshold:.3f} ({before:.3f} at promotion)"
             findings.append(Finding(name, value, float(threshold), message))
     return findings

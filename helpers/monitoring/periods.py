@@ -194,7 +194,10 @@ def require_healthy(report: Report) -> None:
     """
     if not report.current:
         text = "No alert: production is what was promoted, as far as the rows so far can tell."
-        notice(text if len(report.periods) else "Nothing was scored yet.", level="good")
+        if report.periods.empty:
+            notice("No real requests yet: there is nothing to judge.")
+        else:
+            notice(text, level="good")
         return
     message = "ALERT. " + "\n".join(report.current)
     if not is_interactive():

@@ -23,6 +23,7 @@ from helpers.plots.style import (
 COMPARED_METRICS = ("accuracy", "f1_macro", "roc_auc_ovr")
 MOST_COLUMNS = 12
 MOST_VALUES = 9  # of a row, that are shown each
+SHORTEST = 0.04  # arrow, as a part of the width of all
 
 
 @picture
@@ -111,13 +112,17 @@ def waterfall(explanation, row: str, name: str) -> Figure:
     names = short_names(values.feature_names, 38, 1).values()
     # It writes f(x) as a formula; a "$" in the name of a column is still a character.
     values.feature_names = [each.replace("$", r"\$") for each in names]
+    # Of less than this part of the picture it draws no arrow that points its way.
+    added = np.array(sorted(values.values, key=abs))
+    visible = np.abs(added) > SHORTEST * np.ptp([0, *np.cumsum(added)])
+    n_shown = min(MOST_VALUES, 1 + int(visible.sum()))
     look = style_context(**colours, tick_labels_color="#555555")
     with pyplot.ioff(), look, matplotlib.rc_context({"text.parse_math": True}):
         figure = pyplot.figure()
         # Before it draws: it looks what fits into a bar.
         figure.subplots_adjust(left=0.5, right=0.9, top=0.86, bottom=0.12)
         try:
-            shap.plots.waterfall(values, max_display=MOST_VALUES, show=False)
+            shap.plots.waterfall(values, max_display=n_shown, show=False)
         finally:
             # So that a notebook does not show it a second time.
             pyplot.close(figure)
@@ -167,6 +172,6 @@ def calibration(curves: dict[str, pd.DataFrame], title: str) -> Figure:
         look = {"color": colour, "marker": "o", "markersize": 5, "capsize": 3, "elinewidth": 1}
         axes.errorbar(curve["probability"], curve["share"], ends, label=name, **look)
     axes.set(xlabel="probability (mean of a bin)", ylabel="observed share", title=title)
-    axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     axes.legend(loc="upper left")
     return figure

@@ -100,7 +100,7 @@ def _check_reproduced(candidate, baselines, rules):
     _require(
         gaps[worst] <= REPRODUCED, f"{worst} is {now:.4f} when loaded back, {then:.4f} was logged"
     )
-    return f"{len(gaps)} metrics, largest difference {gaps[worst]:.1e}"
+    return f"{len(gaps)} metrics, none differs by more than {max(gaps[worst], 1e-12):.0e}"
 
 
 def _check_baseline(candidate, baselines, rules):

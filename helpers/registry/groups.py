@@ -314,7 +314,8 @@ def measure_groups(
         run_id = candidates[name].run.info.run_id
         client.log_text(run_id, report.to_json(), ARTIFACT)
         client.log_figure(run_id, plots.groups(report, name), "groups/groups.png")
-        if report.gap is not None:
+        known = candidates[name].run.data.metrics.get("largest_group_gap")
+        if report.gap is not None and report.gap.size != known:
             client.log_metric(run_id, "largest_group_gap", report.gap.size)
     if reports and (small := report.too_small):
         what = "rows" if alarm is None else f"rows of class {alarm}"

@@ -136,6 +136,18 @@ def test_interrupted_training_goes_on_but_only_with_the_same_settings(
     assert one != two
 
 
+def test_training_cell_that_is_run_again_begins_anew(small_split, workspace, tracking_server):
+    made = train_network(small_split, workspace, **QUICK)
+    run_id = made.run.info.run_id
+    losses = mlflow.MlflowClient().get_metric_history(run_id, "train_loss")
+    first, last = losses[0].value, losses[-1].value
+    options = {"batch_size": made.BATCH_SIZE, "class_weight": made.class_weight, "verbose": 0}
+    again = made.network.fit(made.X_train, made.y_train, callbacks=[made.backup], **options)
+    assert again.history["loss"][0] == pytest.approx(first, abs=(first - last) / 3)
+    with pytest.raises(ParameterError, match="trained already.*from 'The network' on"):
+        cnn.BackupAndRestore(workspace.training, made.network)
+
+
 def test_network_that_answers_otherwise_once_converted_is_not_logged(
     small_split, workspace, tracking_server, monkeypatch
 ):

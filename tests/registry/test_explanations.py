@@ -70,11 +70,11 @@ def test_of_many_columns_the_most_telling_are_explained_and_counted(small_split,
 def test_pictures_show_names_with_dollars_as_they_are(small_split):
     found = explained(small_split, lambda rows: 0.2 + 0.01 * rows["age"])
     (row, values), *_ = found.rows.items()
-    values.feature_names = ["$a$", *values.feature_names[1:]]
+    values.feature_names = ["$a$" if name == "age" else name for name in values.feature_names]
     figure = plots.waterfall(found, row, "a model")
     texts = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
     assert any(r"\$a\$" in text for text in texts)
-    assert values.feature_names[0] == "$a$"
+    assert "$a$" in values.feature_names
 
 
 def test_explanation_is_logged_with_the_run(model, runs):
