@@ -9,10 +9,10 @@ from pyngrok.exception import PyngrokError, PyngrokNgrokHTTPError, PyngrokNgrokI
 from helpers.server.credentials import NGROK_DOMAIN, NGROK_TOKEN
 
 WHERE_TO_GET_A_TOKEN = (
-    "Get a free token at https://dashboard.ngrok.com/get-started/your-authtoken. In Colab, put "
-    f"it into the Secrets panel (the key symbol on the left) under the name "
-    f"{NGROK_TOKEN} and switch on 'Notebook access'; elsewhere, set the environment "
-    f"variable {NGROK_TOKEN}. Then run this cell again."
+    "Get a free token at https://dashboard.ngrok.com/get-started/your-authtoken.\n"
+    f"In Colab, put it into the Secrets panel (the key symbol on the left) as {NGROK_TOKEN} and\n"
+    f"switch on 'Notebook access'; elsewhere, set the environment variable {NGROK_TOKEN}.\n"
+    "Then run this cell again."
 )
 
 WITHOUT_NGROK = "Without ngrok: in Colab, EXPOSE_UI = False shows the UI below the cell."
