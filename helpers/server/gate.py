@@ -7,124 +7,32 @@ experiments and registered models: the gate keeps readers from changing anything
 """
 
 import hashlib
-import time
 from contextlib import nullcontext, suppress
-from urllib.parse import quote
 
 import anyio
-import requests
 from cachetools import TTLCache
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from helpers.server import credentials, http, users
-from helpers.server.activity import SCORING_PATH, ActivityLog, is_look, kind_of
-from helpers.server.processes import ServerError, ServerProcess, read_state
+from helpers.server.activity import ActivityLog, is_look, kind_of
 from helpers.server.protected import ForbiddenError, Protected
+from helpers.server.scoring_proxy import ScoringProxy
+from helpers.server.visits import RejectedError, UnauthorizedError, Visit
 from helpers.workspace import Workspace
 
 SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
 DRAIN_TIMEOUT = 2  # seconds that this may take
 MOST_OF_A_READER = 1_000_000  # bytes of a search
-SCORING_TIMEOUT = 120  # seconds for the scoring server's answer
 MOST_WRONG = 20  # wrong passwords of one user from one outside address, until a minute's pause
 MOST_REMEMBERED = 10_000  # users and addresses whose wrong passwords are counted
 
 # MLflow's assistant can run commands on the server's machine.
 NOT_FROM_OUTSIDE = ("/ajax-api/3.0/mlflow/assistant", "/gateway", "/v1/traces", "/v1/metrics")
-# Where Colab shows a frame: in an output of its page, whose host is another one each time.
-COLAB_FRAMES = (
-    "frame-ancestors 'self' https://colab.research.google.com https://*.googleusercontent.com"
-)
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host")
-
-
-class RejectedError(HTTPException):
-    """A request that does not get through; `outcome` is one of `activity.OUTCOMES`."""
-
-    def __init__(self, status: int, outcome: str, message: str, **headers: str):
-        super().__init__(status, message, {"x-content-type-options": "nosniff", **headers})
-        self.outcome = outcome
-
-    def response(self) -> Response:
-        """Return what the client is told."""
-        return PlainTextResponse(self.detail, self.status_code, self.headers)
-
-
-class UnauthorizedError(RejectedError):
-    """A request without the sign-in that it needs."""
-
-    def __init__(self, message: str):
-        super().__init__(401, "sign-in", message, **{"www-authenticate": 'Basic realm="mlflow"'})
-
-
-class Visit:
-    """A request at the gate, and what becomes of it: one line of the activity log."""
-
-    in_colab = False  # whether it came by Colab's port proxy, or may have come by it
-
-    def __init__(self, scope: Scope):
-        self.start = time.perf_counter()
-        self.method, self.path = scope["method"], scope["path"]
-        self.headers = Headers(scope=scope)
-        self.host = self.headers.get("host", "").lower()
-        # The last address is the one that the nearest proxy added; those before it may be lies.
-        forwarded = ",".join(self.headers.getlist("x-forwarded-for")).split(",")[-1]
-        self.address = forwarded.strip()[:60] or (scope.get("client") or ("?",))[0]
-        self.user, self.status, self.outcome = None, 500, None
-        self.signed_in = self.is_reader = self.is_admin = self.is_read = False
-
-    def listen(self, receive: Receive) -> Receive:
-        """Return a `receive` that notes when all of the request was read."""
-
-        async def noted() -> Message:
-            message = await receive()
-            self.is_read = not message.get("more_body", False)
-            return message
-
-        return noted
-
-    def watch(self, send: Send) -> Send:
-        """Return a `send` that notes the status on its way, and says who may frame the page."""
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self.status = message["status"]
-                if self.in_colab:
-                    # Browsers then pay no heed to MLflow's own X-Frame-Options, SAMEORIGIN.
-                    MutableHeaders(scope=message)["content-security-policy"] = COLAB_FRAMES
-            await send(message)
-
-        return watched
-
-    @property
-    def is_telling(self) -> bool:
-        """Whether it says who did what; a page's scripts and "are you there?" do not."""
-        is_script = self.path.startswith("/static-files/") and self.status < 400
-        return self.path != "/health" and not is_script
-
-    def line(self) -> dict:
-        """Return the fields of the line."""
-        # 404 is an answer like any other: notebooks ask whether a version is there.
-        of_mlflow = {401: "sign-in", 403: "role", 404: "ok"}.get(
-            self.status, "ok" if self.status < 400 else "error"
-        )
-        return {
-            "time": round(time.time(), 3),
-            "user": self.user,
-            "method": self.method,
-            "path": self.path,
-            "status": self.status,
-            "duration": round(1000 * (time.perf_counter() - self.start), 1),
-            "address": self.address,
-            "host": self.host,
-            "outcome": self.outcome or of_mlflow,
-        }
 
 
 class Gate:
@@ -148,7 +56,7 @@ class Gate:
         self._rules = workspace.access_rules
         # What a browser shows; artifacts are handed on as they are, however large.
         text = GZipMiddleware(_join_short_answers(app), SHORT_ANSWER, compresslevel=6)
-        self._apps = {"page": text, "look": text, "prediction": Scoring(workspace)}
+        self._apps = {"page": text, "look": text, "prediction": ScoringProxy(workspace)}
         self._log = ActivityLog(workspace.activity)
         # Requests of this machine pass MLflow with it while no sign-in is asked of them.
         password = credentials.stored_secret(workspace, credentials.NOTEBOOKS)
@@ -328,66 +236,3 @@ async def _drain(request: Request) -> None:
             left -= len(part)
             if left <= 0:
                 return
-
-
-class Scoring:
-    """ASGI app that passes requests on to the workspace's scoring server.
-
-    So the models can be asked at the public address of the MLflow server, by the same users:
-    the free plan of ngrok has a single address.
-    """
-
-    def __init__(self, workspace: Workspace):
-        self._workspace, self._session = workspace, http.local_session()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request as ASGI asks for it."""
-        request = Request(scope, receive)
-        try:
-            response = await self._respond(request)
-        except RejectedError as rejection:
-            response = rejection.response()
-        except ClientDisconnect:
-            return
-        await response(scope, receive, send)
-
-    async def _respond(self, request: Request) -> Response:
-        body = await http.read_body(request)
-        if body is None:
-            raise RejectedError(413, "error", "Send fewer rows per request.")
-        process = None
-        with suppress(ServerError):
-            process = read_state(self._workspace.scoring)
-        if process is None:
-            message = "The scoring server does not run: python -m helpers.serving starts it."
-            raise RejectedError(503, "error", message)
-        stored = credentials.stored_secrets(self._workspace).get(credentials.SCORING)
-        password = credentials.find_secret(credentials.SCORING_PASSWORD) or stored
-        if password and not request.scope["signed_in"]:
-            raise UnauthorizedError("Sign in to ask the models.")
-        try:
-            found = await anyio.to_thread.run_sync(self._ask, process, password, request, body)
-        except requests.RequestException:
-            raise RejectedError(502, "error", "The scoring server does not answer.") from None
-        headers = {
-            name: value
-            for name, value in found.headers.items()
-            if name.lower() == "content-type" or name.lower().startswith("x-")
-        }
-        return Response(found.content, found.status_code, headers)
-
-    def _ask(
-        self, process: ServerProcess, password: str | None, request: Request, body: bytes
-    ) -> requests.Response:
-        kept = ("content-type", "content-encoding")
-        query = request.scope["query_string"].decode("latin-1")
-        path = request.scope["path"].removeprefix(SCORING_PATH.rstrip("/"))
-        return self._session.request(
-            request.method,
-            f"{process.url.replace('0.0.0.0', http.HOST)}{quote(path)}",
-            params=query,
-            data=body,
-            headers={name: value for name, value in request.headers.items() if name in kept},
-            auth=("client", password) if password else None,
-            timeout=SCORING_TIMEOUT,
-        )
