@@ -15,6 +15,7 @@ FLOORS = (
     "serving",
     "monitoring",
     "notebook resume",
+    "execution",
     "run",
 )
 

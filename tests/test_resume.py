@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from helpers import resume, run
+from helpers import execution, resume
 from helpers.series import STEPS
 
 NOTHING = {number: {} for number in STEPS}
@@ -37,15 +37,15 @@ def test_step_runs_again_with_those_that_need_it(workspace, undone, numbers):
 
 
 def test_step_that_ran_alone_leaves_what_needs_it_undone(workspace, monkeypatch):
-    monkeypatch.setattr(run, "execute", lambda *arguments: None)
+    monkeypatch.setattr(execution, "execute", lambda *arguments: None)
     record, digests, lines = resume.Record(workspace), dict.fromkeys(STEPS, "same"), []
     rest, saved = (NOTHING, digests, workspace, lines.append), []
-    assert run.run_steps(ALL, *rest, lambda: saved.append(record.read())) == []
+    assert execution.run_steps(ALL, *rest, lambda: saved.append(record.read())) == []
     # Saved after each step, with the step noted as done.
     done = [sum(map(bool, state.values())) for state in saved]
     assert done == [*range(1, len(STEPS) + 1)]
     assert resume.steps_to_run(ALL, digests, record, lines.append) == []
-    run.run_steps(["02"], *rest, lambda: None)
+    execution.run_steps(["02"], *rest, lambda: None)
     assert resume.steps_to_run(ALL, digests, record, lines.append) == ["04", "05"]
 
 
