@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from urllib.parse import parse_qs, unquote
 
+from helpers.server.visits import RejectedError
+
 PRODUCTION = "production"  # alias; the stage has a capital letter
 SCHEME = "mlflow-artifacts"
 # The places that a location may name; others would be opened by the server itself.
@@ -25,14 +27,6 @@ OF_PROXY = re.compile(r".*/mlflow-artifacts/(?:artifacts|mpu/[^/]+|presigned)/(.
 CHANGES = re.compile(r"\s*(INSERT|UPDATE|DELETE|REPLACE|CREATE|ALTER|DROP)\b", re.IGNORECASE)
 
 _looking = ContextVar("looking", default=False)
-
-
-class ForbiddenError(Exception):
-    """A change that is not allowed; `status` and the message are for the client."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
 
 
 class Protected:
@@ -65,7 +59,7 @@ class Protected:
             _looking.reset(token)
 
     def check(self, method: str, path: str, query: str, body: bytes, is_admin: bool) -> None:
-        """Raise `ForbiddenError` if a change must not be made.
+        """Raise `RejectedError` if a change must not be made.
 
         Parameters
         ----------
@@ -79,12 +73,12 @@ class Protected:
         for key, value in _texts(content):
             is_source = key == "source" and action == "model-versions/create"
             if (is_source or key in LOCATIONS) and value and not _is_place(value):
-                raise ForbiddenError(
-                    400, f"Artifacts lie in this server's own storage ({SCHEME}:/…), not at {value}"
-                )
+                own = f"Artifacts lie in this server's own storage ({SCHEME}:/…)"
+                raise RejectedError(400, "error", f"{own}, not at {value}")
             elsewhere = key == "artifactlocation" and not OWN_PLACE.fullmatch(value)
             if elsewhere and value and not is_admin:
-                raise ForbiddenError(403, "Leave artifact_location out: the server chooses it.")
+                message = "Leave artifact_location out: the server chooses it."
+                raise RejectedError(403, "role", message)
         if is_admin:
             return
         if action in ("registered-models/rename", "registered-models/delete"):
@@ -110,9 +104,8 @@ class Protected:
             if each.current_stage.lower() == PRODUCTION
         }
         if used and (version is None or str(version) in used):
-            raise ForbiddenError(
-                403, f"{model.name} is in Production: only an admin renames or deletes it."
-            )
+            message = f"{model.name} is in Production: only an admin renames or deletes it."
+            raise RejectedError(403, "role", message)
 
     def _artifact(self, method: str, path: str, query: dict[str, list[str]]) -> str | None:
         """Return where in the storage a request writes or deletes; None if it does not."""
@@ -135,10 +128,8 @@ class Protected:
         for version in self._versions():
             files = _canonical(version)
             if f"{target}/".startswith(f"{files}/") or f"{files}/".startswith(f"{target}/"):
-                raise ForbiddenError(
-                    403,
-                    "These are files of a registered model version: only an admin changes them.",
-                )
+                message = "These are files of a registered version: only an admin changes them."
+                raise RejectedError(403, "role", message)
 
     def _versions(self) -> list[str]:
         """Return where the files of all registered versions are."""
@@ -173,7 +164,7 @@ def _parse(body: bytes) -> dict:
         content = json.loads(body)
         content = json.loads(content) if isinstance(content, str) else content
     except RecursionError:
-        raise ForbiddenError(400, "The body is nested too deeply.") from None
+        raise RejectedError(400, "error", "The body is nested too deeply.") from None
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
