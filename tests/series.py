@@ -38,6 +38,13 @@ def clean_environment(**changes):
     return {**kept, **changes}
 
 
+def start_python(*arguments, **options):
+    """Start Python in the project's folder; what goes in and comes out are texts."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.Popen(command, **{"cwd": PROJECT_ROOT, **pipes, **options})
+
+
 def _run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],

@@ -1,13 +1,11 @@
 """Several at once in one workspace: who comes second waits, or is told."""
 
 import subprocess
-import sys
 
 import pytest
 
 from helpers.locks import BusyError, hold
-from helpers.workspace import PROJECT_ROOT
-from tests.series import clean_environment, run_series, wait_for
+from tests.series import run_series, start_python, wait_for
 
 HOLDER = """
 import subprocess, sys
@@ -26,13 +24,7 @@ if len(sys.argv) == 2:
 @pytest.fixture
 def holder(workspace):
     """A process that holds the steps 01 and 02, and whose child has asked for them, too."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(workspace.root)],
-        env=clean_environment(PYTHONPATH=str(PROJECT_ROOT)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start_python("-c", HOLDER, workspace.root)
     # What the child runs is the same code, on one line.
     process.stdin.write(f"exec({HOLDER!r})\n")
     process.stdin.flush()
@@ -61,14 +53,10 @@ def test_second_one_is_told_for_whom_and_gets_the_lock_of_a_killed_process(works
 @pytest.mark.slow
 def test_two_series_at_once_run_one_after_the_other(tmp_path, small_csv):
     place, note = tmp_path / "ws", tmp_path / "ws" / ".locks" / "01.json"
-    command = [sys.executable, "-m", "helpers.run", "--workspace", str(place), "--only", "01"]
-    first = subprocess.Popen(
-        [*command, "--data", str(small_csv("one.csv", rows=90))],
-        cwd=PROJECT_ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
+    first = start_python(
+        *("-m", "helpers.run", "--workspace", place, "--only", "01"),
+        *("--data", small_csv("one.csv", rows=90)),
         stderr=subprocess.PIPE,
-        text=True,
     )
     assert wait_for(note.is_file)
     other = ("--only", "01", "--data", str(small_csv("other.csv", rows=120)))

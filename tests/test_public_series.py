@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 
 import mlflow
@@ -11,7 +10,7 @@ import pytest
 import requests
 
 from helpers.server import credentials
-from helpers.workspace import PROJECT_ROOT, open_workspace
+from helpers.workspace import open_workspace
 from tests.series import (
     ONE_PAIR,
     RUNS,
@@ -20,6 +19,7 @@ from tests.series import (
     files_below,
     find_runs,
     run_notebook,
+    start_python,
 )
 from tests.tools import walkthrough
 
@@ -45,14 +45,10 @@ def settings(cloud, tmp_path_factory):
 def done(cloud, settings, tmp_path_factory, _no_team_server):
     """The series, run headlessly with a token; what was seen from outside meanwhile."""
     root = tmp_path_factory.mktemp("public") / "ws"
-    command = [sys.executable, "-m", "helpers.run", "--workspace", str(root), "--data", "sample"]
-    running = subprocess.Popen(
-        [*command, *QUICK],
-        cwd=PROJECT_ROOT,
+    running = start_python(
+        *("-m", "helpers.run", "--workspace", root, "--data", "sample", *QUICK),
         env=clean_environment(**settings),
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
     )
     seen = set()
     while running.poll() is None:

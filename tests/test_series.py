@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,16 +22,16 @@ from helpers import monitoring, registry
 from helpers.data import load_split
 from helpers.series import STEPS
 from helpers.serving import scored_rows
-from helpers.workspace import PROJECT_ROOT, open_workspace
+from helpers.workspace import open_workspace
 from tests.series import (
     METRICS,
     ONE_PAIR,
     RUNS,
-    clean_environment,
     connected,
     files_below,
     find_runs,
     run_series,
+    start_python,
     wait_for,
 )
 
@@ -270,13 +269,9 @@ def test_interrupted_run_leaves_no_open_run_and_resume_goes_on_elsewhere(tmp_pat
     folder, elsewhere = tmp_path / "ws", tmp_path / "elsewhere"
     arguments = ("--data", "sample", "--only", "01,02,03")
     arguments += ("-p", "DRIVE_FOLDER", str(tmp_path / "share"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "helpers.run", "--workspace", str(folder), *arguments],
-        cwd=PROJECT_ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
+    process = start_python(
+        *("-m", "helpers.run", "--workspace", folder, *arguments),
         stderr=subprocess.PIPE,
-        text=True,
         # Where these tests run in the background of a shell, interrupts are ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

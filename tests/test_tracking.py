@@ -16,6 +16,7 @@ from helpers.server import credentials, processes
 from helpers.server.processes import ServerError
 from helpers.tracking import runs
 from helpers.workspace import PROJECT_ROOT, open_workspace
+from tests.series import start_python
 
 
 def status(run):
@@ -117,13 +118,8 @@ with tracking.start_run("endings", "signal") as run:
 @pytest.fixture
 def training(tracking_server):
     """A process in the middle of a run, and the run."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", TRAINING, str(tracking_server.workspace.root)],
-        cwd=PROJECT_ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    root = tracking_server.workspace.root
+    process = start_python("-c", TRAINING, root, stderr=subprocess.PIPE)
     run = mlflow.MlflowClient().get_run(process.stdout.readline().strip())
     yield process, run
     process.kill()

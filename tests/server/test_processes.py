@@ -1,10 +1,8 @@
 """How a workspace's server is found, started, leased and stopped."""
 
-import os
 import socket
 import sqlite3
 import stat
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,8 +14,8 @@ import pytest
 from helpers import server
 from helpers.server import processes
 from helpers.server.processes import ServerError, ServerProcess
-from helpers.workspace import PROJECT_ROOT, open_workspace
-from tests.series import wait_for
+from helpers.workspace import open_workspace
+from tests.series import start_python, wait_for
 
 
 @pytest.fixture
@@ -156,13 +154,7 @@ USER = """
 
 def start_user(workspace, keep="stop"):
     """Start a process that uses the workspace's server until its input ends."""
-    user = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(USER), str(workspace.root), keep],
-        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    user = start_python("-c", textwrap.dedent(USER), workspace.root, keep)
     # A notice about a taken port may come first.
     line = next(line for line in user.stdout if line.startswith("server "))
     _, pid, created = line.split()
@@ -218,12 +210,7 @@ TRAINING = """
 
 @pytest.mark.slow
 def test_server_of_a_killed_batch_run_closes_its_runs_and_ends(own_workspace):
-    batch = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAINING), str(own_workspace.root)],
-        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    batch = start_python("-c", textwrap.dedent(TRAINING), own_workspace.root)
     assert any(line == "running\n" for line in batch.stdout)
     left = processes.read_state(own_workspace.server)
     batch.kill()

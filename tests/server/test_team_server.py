@@ -17,7 +17,14 @@ import pytest
 
 from helpers import registry, server, tracking
 from helpers.workspace import open_workspace
-from tests.series import ONE_PAIR, RUNS, clean_environment, run_series, wait_for
+from tests.series import (
+    ONE_PAIR,
+    RUNS,
+    clean_environment,
+    run_series,
+    start_python,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -157,14 +164,7 @@ def test_promotions_at_the_same_moment_leave_one_version_in_production(client, t
     )
 
     def promote(version):
-        workspace = tmp_path / version
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, workspace, name, version],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ.copy(),
-        )
+        process = start_python("-c", code, tmp_path / version, name, version)
         assert process.stdout.readline() == "ready\n"
         start.wait()
         process.communicate("go\n")

@@ -30,7 +30,7 @@ from helpers.server.tunnel import TunnelError
 from helpers.workspace import PROJECT_ROOT, ParameterError, open_workspace
 from tests.doubles.colab import PAGE, VS_CODE, ColabMachine
 from tests.doubles.ngrok import NgrokCloud, paid_account
-from tests.series import wait_for
+from tests.series import start_python, wait_for
 from tests.tools import walkthrough
 
 HEADERS = {"ngrok-skip-browser-warning": "1"}
@@ -75,14 +75,9 @@ def show_elsewhere(workspace, **environment):
         except tunnel.TunnelError as error:
             print(error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(workspace.root)],
-        env={**os.environ, "PYTHONPATH": str(PROJECT_ROOT), **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=90,
-    )
-    return done.stdout
+    environment = {**os.environ, **environment}
+    process = start_python("-c", textwrap.dedent(code), workspace.root, env=environment)
+    return process.communicate(timeout=90)[0]
 
 
 @pytest.fixture
@@ -487,12 +482,7 @@ def test_address_that_is_online_elsewhere_is_explained(served, own_domain, tmp_p
         print(ngrok.connect(9, "http", pyngrok_config=configuration, url=url), flush=True)
         sys.stdin.readline()
     """
-    other = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), str(own_domain.install(tmp_path / "other"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    other = start_python("-c", textwrap.dedent(code), own_domain.install(tmp_path / "other"))
     try:
         assert "mlflow.example.com" in other.stdout.readline()
         with pytest.raises(TunnelError, match="ERR_NGROK_334") as caught:
