@@ -1,6 +1,8 @@
 """Parts that all tests share: a workspace, small and real tables, a running MLflow server."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,6 +78,22 @@ def split_frame(frame, seed=0, categorical=("course",)):
 @pytest.fixture
 def workspace(tmp_path):
     return open_workspace(tmp_path / "ws")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own of 60 MB, and what mounts it anew with other options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        command = ["mount", "-t", "tmpfs", "-o", f"{options},size=60m", "tmpfs", folder]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if shutil.which("mount") is None or not mount("rw"):
+        pytest.skip("no disk can be mounted here")
+    yield folder, mount
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def make_small_frame(rows=150, seed=0):
