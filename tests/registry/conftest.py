@@ -55,6 +55,19 @@ def partly_shuffled(y, share):
     return pd.Series(values, index=y.index, name=y.name)
 
 
+def by_rule(split, chance):
+    """Return a model of two labels, and its answer to rows: `chance` is the first one's."""
+    one, other, never = split.labels
+
+    def predict(context, rows):
+        p = np.asarray(chance(rows), dtype="float64")
+        answer = pd.DataFrame({"prediction": np.where(p > 0.5, one, other)})
+        shares = {one: p, other: 1 - p, never: 0.0}
+        return answer.assign(**{f"probability_{label}": share for label, share in shares.items()})
+
+    return SimpleNamespace(unwrap_python_model=lambda: SimpleNamespace(predict=predict)), predict
+
+
 def promote_by_cell(candidate, checks, **parameters):
     """Run the cell of notebook 04 that registers and promotes; return the decision."""
     made = run_cells(

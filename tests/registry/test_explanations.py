@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -10,22 +9,15 @@ from helpers import plots, registry
 from helpers.registry import explanations
 from helpers.registry.explanations import explain
 from helpers.workspace import ParameterError
+from tests.registry.conftest import by_rule
 
 
 def explained(split, score):
     """Explain a model with two classes, the first one with the probability that `score` gives."""
-    one, other, never = split.labels
-
-    def predict(context, rows):
-        p = np.asarray(score(rows), dtype="float64")
-        answer = pd.DataFrame({"prediction": np.where(p > 0.5, one, other)})
-        shares = {one: p, other: 1 - p, never: 0.0}
-        return answer.assign(**{f"probability_{label}": share for label, share in shares.items()})
-
-    model = SimpleNamespace(unwrap_python_model=lambda: SimpleNamespace(predict=predict))
+    model, predict = by_rule(split, score)
     answer = predict(None, split.X_test)
     truth = answer["prediction"].set_axis(split.X_test.index)
-    return explain(model, replace(split, y_test=truth), answer, one)
+    return explain(model, replace(split, y_test=truth), answer, split.labels[0])
 
 
 def test_column_that_decides_is_the_most_important_and_the_others_are_not(small_split):

@@ -1,17 +1,17 @@
 from dataclasses import replace
-from types import SimpleNamespace
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
 
 from helpers import plots, registry
 from helpers.registry import attack
 from helpers.registry.reference import MOST_COLUMNS, make_reference
 from helpers.registry.robustness import Robustness
 from tests.conftest import split_frame
-from tests.registry.conftest import with_manifest
+from tests.registry.conftest import by_rule, with_manifest
 
 CERTAIN = {"prediction": "high", "probability_high": 1.0}
 CERTAIN |= {"probability_low": 0.0, "probability_middle": 0.0}
@@ -19,15 +19,7 @@ CERTAIN |= {"probability_low": 0.0, "probability_middle": 0.0}
 
 def attacked(split, score, n_rows=20):
     """Attack a model that is right everywhere: one label where a score is above 0, else another."""
-    one, other, never = split.labels
-
-    def predict(context, rows):
-        p = 1 / (1 + np.exp(-np.asarray(score(rows), dtype="float64")))
-        answer = pd.DataFrame({"prediction": np.where(p > 0.5, one, other)})
-        shares = {one: p, other: 1 - p, never: 0.0}
-        return answer.assign(**{f"probability_{label}": share for label, share in shares.items()})
-
-    model = SimpleNamespace(unwrap_python_model=lambda: SimpleNamespace(predict=predict))
+    model, predict = by_rule(split, lambda rows: expit(score(rows)))
     right = predict(None, split.X_test)["prediction"]
     return attack.measure(model, replace(split, y_test=right), n_rows)
 
