@@ -33,12 +33,7 @@ EXPOSING += ("05_serving_and_monitoring",)
 @pytest.fixture(scope="module")
 def settings(cloud, tmp_path_factory):
     """Environment of a machine with ngrok's agent and a token."""
-    agent = cloud.install(tmp_path_factory.mktemp("agent"))
-    return {
-        **cloud.environment(),
-        "PYNGROK_NGROK_PATH": str(agent),
-        "NGROK_AUTHTOKEN": cloud.account.token,
-    }
+    return cloud.machine(tmp_path_factory.mktemp("agent"))
 
 
 @pytest.fixture(scope="module")

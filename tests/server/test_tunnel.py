@@ -48,10 +48,8 @@ def served(tmp_path_factory, _no_team_server):
 @pytest.fixture
 def ngrok(cloud, tmp_path, monkeypatch):
     """A machine with a token, on which ngrok's agent is installed; gives the cloud."""
-    for name, value in cloud.environment().items():
+    for name, value in cloud.machine(tmp_path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("PYNGROK_NGROK_PATH", str(cloud.install(tmp_path)))
-    monkeypatch.setenv("NGROK_AUTHTOKEN", cloud.account.token)
     return cloud
 
 
@@ -85,14 +83,9 @@ def own_domain(monkeypatch, tmp_path):
     """A machine whose token and settings ask for a reserved domain; gives its cloud."""
     with NgrokCloud() as cloud:
         account = cloud.add_account(paid_account("mlflow.example.com"))
-        settings = {
-            **cloud.environment(),
-            "PYNGROK_NGROK_PATH": str(cloud.install(tmp_path)),
-            "NGROK_AUTHTOKEN": account.token,
-            "NGROK_DOMAIN": "mlflow.example.com",
-        }
-        for name, value in settings.items():
+        for name, value in cloud.machine(tmp_path, account).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("NGROK_DOMAIN", "mlflow.example.com")
         yield cloud
 
 

@@ -53,12 +53,7 @@ def environment(**changes):
 @contextmanager
 def exposed(workspace, cloud, folder):
     """Show a workspace's UI through the stand-in for ngrok; gives its `tunnel.Address`."""
-    settings = {
-        **cloud.environment(),
-        "PYNGROK_NGROK_PATH": str(cloud.install(folder)),
-        "NGROK_AUTHTOKEN": cloud.account.token,
-    }
-    with environment(**settings):
+    with environment(**cloud.machine(folder)):
         try:
             yield tunnel.show_ui(workspace, True)
         finally:

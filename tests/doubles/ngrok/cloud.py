@@ -208,6 +208,11 @@ class NgrokCloud:
             **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
         }
 
+    def machine(self, folder: Path, account: Account | None = None) -> dict[str, str]:
+        """Return the variables of a machine with the agent, in `folder`, and a token."""
+        token, agent = (account or self.account).token, str(self.install(folder))
+        return {**self.environment(), "PYNGROK_NGROK_PATH": agent, "NGROK_AUTHTOKEN": token}
+
     @staticmethod
     def install(folder: Path) -> Path:
         """Write the executable ``ngrok`` into a folder and return its path.
