@@ -150,14 +150,8 @@ def is_look(method: str, path: str) -> bool:
 # --- reading (in a notebook) ------------------------------------------------------------------
 
 
-def read_activity(workspace: Workspace, last: int | None = None):
+def read_activity(workspace: Workspace):
     """Return the requests to the workspace's server as a table, the newest last.
-
-    Parameters
-    ----------
-    workspace : helpers.workspace.Workspace
-    last : int, optional
-        Only so many of the newest requests.
 
     Returns
     -------
@@ -187,7 +181,7 @@ def read_activity(workspace: Workspace, last: int | None = None):
         kind_of(method, path) if outcome in ("ok", "error") else "rejected"
         for method, path, outcome in table[["method", "path", "outcome"]].itertuples(index=False)
     ]
-    return table if last is None else table.tail(last)
+    return table
 
 
 def _read_lines(file: Path) -> list[dict]:
