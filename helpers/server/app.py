@@ -6,10 +6,9 @@ One process that imports MLflow starts in half the time of the chain that ``mlfl
 
 import logging
 import os
-import sys
 import warnings
 
-from helpers.server import credentials, processes, store
+from helpers.server import credentials, own_process, store
 from helpers.server.gate import Gate
 from helpers.server.mlflow_server import service
 from helpers.server.protected import Protected
@@ -128,19 +127,18 @@ def _close_runs(workspace: Workspace) -> None:
     store.close_abandoned_runs(MlflowClient(f"sqlite:///{workspace.tracking_db.as_posix()}"))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> None:
     """Run the server in this process until it is ended."""
-    options = processes.argument_parser("helpers.server.app", main.__doc__).parse_args(arguments)
+    options = own_process.argument_parser("helpers.server.app", main.__doc__).parse_args()
     warnings.simplefilter("ignore")
     workspace = open_workspace(options.workspace)
-    processes.serve(
+    own_process.serve(
         create_app(workspace, options.port),
         options,
         service(workspace),
         lambda: _close_runs(workspace),
     )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

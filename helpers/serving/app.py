@@ -35,7 +35,7 @@ from starlette.routing import Mount, Route
 
 from helpers import tracking
 from helpers.models.interface import convert
-from helpers.server import credentials, processes
+from helpers.server import credentials, own_process
 from helpers.server.http import LOCAL_HOSTS, MOST_BYTES, basic_credentials, read_body
 from helpers.serving.inputs import parse
 from helpers.serving.models import LoadedModel, Models
@@ -235,7 +235,7 @@ async def _on_gone_client(request: Request, error: ClientDisconnect) -> Response
 
 def main() -> None:
     """Run the scoring server in this process until it is ended."""
-    options = processes.argument_parser("helpers.serving.app", main.__doc__).parse_args()
+    options = own_process.argument_parser("helpers.serving.app", main.__doc__).parse_args()
     warnings.simplefilter("ignore")
     # Threads of Python take turns; by default one waits up to 5 ms for its turn, as long as a
     # whole answer takes.
@@ -256,7 +256,7 @@ def main() -> None:
     # What is there now stays. Without this the garbage collector looks through all of it, the
     # libraries', whenever a long request made many objects, and every other request waits.
     gc.freeze()
-    processes.serve(application.starlette(), options, service(workspace))
+    own_process.serve(application.starlette(), options, service(workspace))
 
 
 if __name__ == "__main__":
