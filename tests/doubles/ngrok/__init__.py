@@ -6,6 +6,6 @@ by the real pyngrok and connects to it. Clients reach an endpoint by its genuine
 What the two print and answer follows ngrok's documentation and recorded output of the v3 agent.
 """
 
-from .cloud import NgrokCloud, free_account, paid_account
+from .cloud import NgrokCloud, paid_account
 
-__all__ = ["NgrokCloud", "free_account", "paid_account"]
+__all__ = ["NgrokCloud", "paid_account"]

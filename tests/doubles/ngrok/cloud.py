@@ -37,7 +37,6 @@ HOST = "127.0.0.1"
 # Endpoints can have these names, and the reserved domains of accounts are under the last one.
 SUFFIXES = (".ngrok-free.app", ".ngrok.app", ".example.com")
 COOKIE = "abuse_interstitial"
-AGENTS = 3  # of a free account, at once
 # Not passed on by a proxy: https://www.rfc-editor.org/rfc/rfc9110#section-7.6.1
 HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
@@ -47,12 +46,6 @@ SET_BY_EDGE = {b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"
 
 # The wording: https://ngrok.com/docs/errors and what agents logged
 MESSAGES = {
-    "4018": (
-        "This ngrok session is not authenticated. ngrok requires an account and a valid "
-        "credential to start a session.\n\n"
-        "Sign up for an account: https://dashboard.ngrok.com/signup\n"
-        "Get your credential: https://dashboard.ngrok.com/get-started/your-authtoken"
-    ),
     "105": (
         "The authtoken you specified does not look like a proper ngrok authtoken.\n"
         "Your authtoken: {token}\n"
@@ -68,21 +61,6 @@ MESSAGES = {
         "    - You are using ngrok link and this credential was explicitly revoked\n\n"
         "Go to your ngrok dashboard and double check that your authtoken is correct:\n"
         "https://dashboard.ngrok.com/get-started/your-authtoken"
-    ),
-    "108": (
-        "Your account is limited to {agents} simultaneous ngrok agent sessions.\n"
-        "Run multiple endpoints at the same time from a single agent by defining them in your "
-        "agent configuration file and running `ngrok start --all`.\n"
-        "Read more about the agent configuration file: https://ngrok.com/docs/agent/config/ \n"
-        "You can view your current agent sessions in the dashboard: "
-        "https://dashboard.ngrok.com/agents. Upgrade to a paid plan to remove this limit:\n"
-        "https://dashboard.ngrok.com/billing/choose-a-plan"
-    ),
-    "314": (
-        "Only paid plans may create endpoints with custom hostnames.\n"
-        "Failed to create an endpoint with the custom hostname '{domain}' for the account "
-        "'{account}'.\nThis account is on the 'Free' plan.\n\n"
-        "Upgrade to a paid plan at: https://dashboard.ngrok.com/billing/choose-a-plan"
     ),
     "319": (
         "You must reserve a custom hostname for your account before it can be used to create "
@@ -132,30 +110,26 @@ def make_token() -> str:
 class Account:
     """An account of ngrok: its token, its reserved domain, and its plan.
 
-    A free one has a limit of agents at once, and a warning page for browsers.
+    A free one has a warning page for browsers.
     """
 
     token: str
     domain: str
     free: bool
-    agents: int = AGENTS
 
     @property
     def url(self) -> str:
         return f"https://{self.domain}"
 
 
-def free_account(agents: int = AGENTS) -> Account:
-    """Return a free account: its endpoints always get its one constant domain.
-
-    An older one may have fewer agents.
-    """
+def free_account() -> Account:
+    """Return a free account: its endpoints always get its one constant domain."""
     domain = f"quietly-brave-{secrets.token_hex(4)}.ngrok-free.app"
-    return Account(make_token(), domain, True, agents)
+    return Account(make_token(), domain, True)
 
 
 def paid_account(domain: str) -> Account:
-    """Return a paid account: a reserved domain and random ones, any number of agents."""
+    """Return a paid account: a reserved domain and random ones."""
     return Account(make_token(), domain, False)
 
 
@@ -299,14 +273,10 @@ class NgrokCloud:
 
     def _open(self, token: str) -> dict:
         account = next((one for one in self._accounts if one.token == token), None)
-        if not token:
-            return {"error": explain("4018")}
         if not re.fullmatch(r"[0-9A-Za-z]{15,}_[0-9A-Za-z]{15,}", token):
             return {"error": explain("105", token=token)}
         if account is None:
             return {"error": explain("107", token=token)}
-        if account.free and [*self._sessions.values()].count(account) >= account.agents:
-            return {"error": explain("108", agents=account.agents)}
         number = secrets.token_hex(12)
         self._sessions[number] = account
         return {"session": number}
@@ -317,9 +287,7 @@ class NgrokCloud:
         if not host:
             host = account.domain if account.free else f"{secrets.token_hex(6)}.ngrok.app"
         elif host != account.domain:
-            custom = account.free and "ngrok" not in host
-            details = {"domain": host, "account": account.domain}
-            return {"error": explain("314" if custom else "319", **details)}
+            return {"error": explain("319", domain=host)}
         if host in self._endpoints:
             return {"error": explain("334", url=f"https://{host}")}
         self._endpoints[host] = _Endpoint(session, account, upstream)
