@@ -181,11 +181,6 @@ def start_run(
 # --- finding and keeping ----------------------------------------------------------------------
 
 
-def _with_tags(tags: dict[str, str]) -> str:
-    """Return the filter for a search of runs that have these tags."""
-    return " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-
-
 def latest_run(experiment: str, run_name: str, split_digest: str | None = None) -> Run | None:
     """Return the newest finished run of a name, where given of a split; None if there is none.
 
@@ -218,7 +213,8 @@ def keep_run(client, experiment: str, run_name: str, keys: dict, tags: dict, met
     experiment_id = open_experiment(experiment)
     # On a team's server another workspace has rows of its own to judge by.
     keys, tags = {**keys, **_own}, {**tags, **_own}
-    found = client.search_runs([experiment_id], _with_tags(keys), max_results=1)
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in keys.items())
+    found = client.search_runs([experiment_id], query, max_results=1)
     if found and tags.items() <= found[0].data.tags.items():
         return
     run = found[0] if found else client.create_run(experiment_id, run_name=run_name)
