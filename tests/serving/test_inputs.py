@@ -3,11 +3,8 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from starlette.exceptions import HTTPException
 
-from helpers.serving import app, inputs
+from helpers.serving import inputs
 from tests.scoring import NETWORK, SVM, assert_same, post
 
 
@@ -159,34 +156,3 @@ def test_gaps_unseen_categories_and_extra_columns_are_answered(served, model):
 def test_no_rows_get_an_empty_answer(served, body):
     answer = post(served.client, body)
     assert (answer.status_code, answer.json()) == (200, {"predictions": []})
-
-
-CELLS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=5),
-    st.lists(st.integers(), max_size=2),
-    st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
-)
-NAMES = st.sampled_from(["length", "width", "age", "city", "course", "other"])
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    st.one_of(
-        st.recursive(CELLS, lambda inner: st.lists(inner, max_size=3), max_leaves=6),
-        st.lists(st.dictionaries(NAMES, CELLS, min_size=5), max_size=3),
-        st.dictionaries(NAMES, st.lists(CELLS, max_size=3), min_size=5),
-    ),
-    st.sampled_from(inputs.FORMS),
-)
-def test_any_json_is_answered_or_refused_with_a_message(loaded_svm, content, form):
-    body = json.dumps({form: content}).encode()
-    try:
-        answer = app.score(loaded_svm, body, "application/json", "id", None)
-    except HTTPException as error:
-        assert (error.status_code, bool(error.detail)) == (400, True)
-    else:
-        assert isinstance(json.loads(b"".join(answer))["predictions"], list)

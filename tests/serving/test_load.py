@@ -174,13 +174,17 @@ JSON = st.recursive(
     ),
     max_leaves=15,
 )
+ROWS = st.one_of(  # that are nearly right
+    st.lists(st.dictionaries(st.sampled_from(NAMES), VALUES, min_size=4), max_size=3),
+    st.dictionaries(st.sampled_from(NAMES), st.lists(VALUES, max_size=3), min_size=4),
+)
 FIELDS = st.sampled_from(["", "1", "1e999", "old", "Faro", '"', '"a\nb"', "é", "\x00", "nan", "\r"])
 BODIES = st.one_of(
     st.binary(max_size=300),
     st.builds(
         lambda form, content: json.dumps({form: content}).encode(),
         st.sampled_from(inputs.FORMS),
-        JSON,
+        JSON | ROWS,
     ),
     st.lists(st.lists(FIELDS, min_size=4, max_size=6).map(",".join), max_size=4).map(
         lambda rows: "\n".join([",".join(NAMES), *rows]).encode()
@@ -195,7 +199,7 @@ def test_whatever_is_sent_gets_an_answer_below_500_on_an_open_connection(served)
     known = len(log.read_bytes())
     with closing(requests.Session()) as session:
 
-        @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
         @given(
             BODIES,
             st.sampled_from(["application/json", "text/csv", "text/csv; x"]) | TEXTS.map(str.strip),
