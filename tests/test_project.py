@@ -20,6 +20,7 @@ IN_SPANISH = {
     "README.md": "README.es.md",
     "notebooks/walkthrough.md": "notebooks/walkthrough.es.md",
 }
+NETWORKS, PICTURES = {"tensorflow", "keras"}, {"matplotlib", "seaborn"}
 NOTEBOOKS = sorted((PROJECT_ROOT / "notebooks").glob("*.ipynb"))
 NOTEBOOK_IMAGES = sorted((PROJECT_ROOT / "notebooks" / "images").iterdir())
 
@@ -107,12 +108,17 @@ def test_at_least_half_of_the_lines_do_what_the_title_says():
         assert set_up <= len(lines) + len(code_lines(first)) - set_up, path.stem
 
 
-def test_helpers_other_than_the_network_do_not_import_tensorflow():
-    code = (
-        "import sys; import helpers.registry, helpers.models.svm, helpers.run, helpers.data;"
-        "sys.exit('tensorflow' in sys.modules or 'keras' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], cwd=PROJECT_ROOT).returncode == 0
+@pytest.mark.parametrize(
+    ("modules", "libraries"),
+    [
+        ("helpers.registry, helpers.models.svm, helpers.run, helpers.data", NETWORKS),
+        ("helpers.tracking, helpers.models.interface", NETWORKS | PICTURES),
+        ("helpers.serving.app", NETWORKS | PICTURES),
+    ],
+)
+def test_nobody_waits_for_the_import_of_libraries_that_are_not_needed(modules, libraries):
+    code = f"import sys, {modules}; assert not {libraries} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)
 
 
 def test_requirements_name_every_library_that_the_helpers_import():

@@ -43,6 +43,7 @@ def test_no_server_at_the_tracking_uri_is_said_before_training(tmp_path):
     )
     assert result.returncode == 1
     assert "No MLflow server answers at MLFLOW_TRACKING_URI = http://127.0.0.1:9" in result.stderr
+    assert not (tmp_path / "ws" / ".server").exists()
 
 
 @pytest.mark.parametrize("name", ["02_cnn_training", "03_svm_grid_search", "04_registry_promotion"])

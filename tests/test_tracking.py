@@ -2,9 +2,7 @@
 
 import os
 import signal
-import socket
 import subprocess
-import sys
 
 import mlflow
 import numpy as np
@@ -12,10 +10,9 @@ import pandas as pd
 import pytest
 
 from helpers import tracking
-from helpers.server import credentials, processes
-from helpers.server.processes import ServerError
+from helpers.server import credentials
 from helpers.tracking import runs
-from helpers.workspace import PROJECT_ROOT, open_workspace
+from helpers.workspace import open_workspace
 from tests.series import start_python
 
 
@@ -24,16 +21,6 @@ def status(run):
 
 
 # --- connecting -------------------------------------------------------------------------------
-
-
-def test_named_server_that_does_not_answer_is_refused_by_name(workspace, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind((processes.HOST, 0))
-        uri = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(ServerError, match=f"MLFLOW_TRACKING_URI = {uri}"):
-        tracking.connect(workspace)
-    assert not workspace.server.exists()
 
 
 def test_named_server_is_used_instead_of_an_own_one(workspace, running_server, monkeypatch):
@@ -51,14 +38,6 @@ def test_connecting_leaves_no_variable_that_would_name_a_server(running_server):
     tracking.connect(running_server.workspace, keep=False)
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert os.environ[runs.USER] == credentials.NOTEBOOKS
-
-
-def test_clients_do_not_wait_for_the_import_of_pictures_and_networks():
-    code = (
-        "import sys, helpers.tracking, helpers.models.interface\n"
-        "assert not {'matplotlib', 'seaborn', 'tensorflow', 'keras'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=PROJECT_ROOT)
 
 
 # --- how runs end -----------------------------------------------------------------------------
