@@ -45,7 +45,8 @@ def start_python(*arguments, **options):
     return subprocess.Popen(command, **{"cwd": PROJECT_ROOT, **pipes, **options})
 
 
-def _run(*arguments, **environment):
+def run_module(*arguments, **environment):
+    """Run a module of Python, named by the first argument, to its end."""
     return subprocess.run(
         [sys.executable, "-m", *map(str, arguments)],
         cwd=PROJECT_ROOT,
@@ -59,13 +60,13 @@ def _run(*arguments, **environment):
 
 def run_series(workspace, *arguments, **environment):
     """Run ``python -m helpers.run`` as a user would."""
-    return _run("helpers.run", "--workspace", workspace, *arguments, **environment)
+    return run_module("helpers.run", "--workspace", workspace, *arguments, **environment)
 
 
 def run_notebook(name, output, *parameters, **environment):
     """Run one notebook with the plain papermill command line."""
     place = (f"notebooks/{name}.ipynb", output, "--no-progress-bar")
-    return _run("papermill", *place, *parameters, **environment)
+    return run_module("papermill", *place, *parameters, **environment)
 
 
 @contextmanager

@@ -145,6 +145,15 @@ def _project(target, content):
     return target
 
 
+def _repository(target, content):
+    """Copy the project and commit it to a repository of its own."""
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    _project(target, content)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "c"]):
+        subprocess.run([*git, *command], cwd=target, check=True)
+    return target
+
+
 NOT_FOUND = "Not found. Fill in REPO_URL or PROJECT"
 
 
@@ -177,11 +186,7 @@ def _place(machine):
 
 
 def test_first_cell_takes_the_project_from_git_a_zip_or_a_folder_in_drive(machine, tmp_path):
-    source = _project(tmp_path / "source" / "series-main", machine.content)
-    subprocess.run(["git", "init", "-q"], cwd=source, check=True)
-    subprocess.run(["git", "add", "-A"], cwd=source, check=True)
-    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
-    subprocess.run(["git", *who, "commit", "-qm", "c"], cwd=source, check=True)
+    source = _repository(tmp_path / "source" / "series-main", machine.content)
     place = machine.content / "project"
     for fields in ({"REPO_URL": f"file://{source}"}, {}):
         assert _first_cell(machine, **fields)[1] is None
@@ -363,10 +368,7 @@ def test_each_notebook_on_a_machine_of_its_own_with_drive_in_common(tmp_path, ne
 def _in_a_terminal(python, disk, drive, interrupt=None):
     """Do on a new machine what the README says for google-colab-cli; return the machine, shown."""
     machine = ColabMachine(python, disk, drive, {}, front_end=DRIVEMOUNT)
-    source = _project(disk / "repository", machine.content)
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "c"]):
-        subprocess.run([*git, *command], cwd=source, check=True)
+    source = _repository(disk / "repository", machine.content)
     readme = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
     code = re.search(r"colab exec .*<<'EOF'\n(.*?)EOF", readme, re.DOTALL)[1]
     small = {name: value for values in SMALL.values() for name, value in values.items()}

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import socket
 import threading
 from contextlib import contextmanager
 
@@ -51,9 +50,7 @@ def web(tmp_path):
 @pytest.fixture
 def nobody(monkeypatch):
     """An address at which UCI does not answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}/students.zip"
+    url = "http://127.0.0.1:9/students.zip"
     monkeypatch.setattr("helpers.data.sources.UCI_URL", url)
     return url
 

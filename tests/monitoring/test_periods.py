@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import mlflow
 import numpy as np
 import pandas as pd
@@ -15,9 +12,8 @@ from helpers.monitoring.alerting import AlertError
 from helpers.monitoring.labels import LabelsError, read_labels
 from helpers.registry.production import ALIAS
 from helpers.serving import scored_rows
-from helpers.workspace import PROJECT_ROOT
 from tests.scoring import SVM, serve_here
-from tests.series import clean_environment
+from tests.series import run_module
 
 
 def test_healthy_day_is_logged_tagged_ok_and_passes(watched, promoted, capsys):
@@ -151,15 +147,8 @@ def test_command_ends_with_3_after_an_alert(watch, tmp_path, promoted, tracking_
     watch(SVM, workspace.root).score("cli", rows, answers)
     labels = pd.DataFrame({"row_id": scored_rows.row_ids("cli", 300), "label": answers["label"]})
     labels.to_csv(tmp_path / "labels.csv", index=False)
-    command = [sys.executable, "-m", "helpers.monitoring", "--workspace", workspace.root]
-    done = subprocess.run(
-        [*command, "--labels", tmp_path / "labels.csv"],
-        cwd=PROJECT_ROOT,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ("helpers.monitoring", "--workspace", workspace.root)
+    done = run_module(*command, "--labels", tmp_path / "labels.csv")
     assert done.returncode == 3, done.stderr
     assert "300 labels kept" in done.stdout
     assert "ALERT: model_svm_rbf" in done.stderr

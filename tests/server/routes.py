@@ -6,12 +6,11 @@ Run as a program it prints them as JSON: the app can be made only once in a proc
 import inspect
 import json
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 
-from helpers.workspace import PROJECT_ROOT, open_workspace
-from tests.series import clean_environment
+from helpers.workspace import open_workspace
+from tests.series import run_module
 
 PARAMETER = re.compile(r"[<{](?:\w+:)?(\w+)(?::\w+)?[>}]")
 
@@ -32,10 +31,7 @@ class Route:
 
 def every_route(folder) -> list[Route]:
     """List the routes of a server of this project, as its process has them."""
-    command = [sys.executable, "-m", "tests.server.routes", str(folder)]
-    done = subprocess.run(
-        command, cwd=PROJECT_ROOT, env=clean_environment(), capture_output=True, text=True
-    )
+    done = run_module("tests.server.routes", folder)
     assert done.returncode == 0, done.stderr
     return [Route(*route) for route in json.loads(done.stdout.splitlines()[-1])]
 

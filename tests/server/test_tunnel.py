@@ -414,14 +414,12 @@ def test_second_machine_of_a_free_account_is_explained(served, workspace, ngrok,
 @pytest.fixture
 def nowhere(monkeypatch):
     """A network in which every connection to the outside is refused at once."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{closed.getsockname()[1]}"
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
-            monkeypatch.setenv(name, f"http://{address}")
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
-        monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
-        yield address
+    address = "127.0.0.1:9"
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://{address}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1,localhost")
+    return address
 
 
 def test_agent_that_never_gets_through_is_given_up(served, ngrok, nowhere, monkeypatch):
@@ -494,14 +492,11 @@ def test_domain_of_somebody_else_is_explained(served, ngrok, monkeypatch):
     assert "somebody-elses.ngrok.app" in str(caught.value)
 
 
-def test_download_of_the_agent_that_is_blocked_is_explained(served, monkeypatch, tmp_path):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{closed.getsockname()[1]}")
-        monkeypatch.setenv("NGROK_AUTHTOKEN", "2token0123456789abcdefghijk_0123456789")
-        monkeypatch.setenv("PYNGROK_NGROK_PATH", str(tmp_path / "bin" / "ngrok"))
-        with pytest.raises(TunnelError) as caught:
-            tunnel.show_ui(served, True)
+def test_download_of_the_agent_that_is_blocked_is_explained(served, nowhere, monkeypatch, tmp_path):
+    monkeypatch.setenv("NGROK_AUTHTOKEN", "2token0123456789abcdefghijk_0123456789")
+    monkeypatch.setenv("PYNGROK_NGROK_PATH", str(tmp_path / "bin" / "ngrok"))
+    with pytest.raises(TunnelError) as caught:
+        tunnel.show_ui(served, True)
     message = str(caught.value)
     assert "could not be downloaded" in message
     assert "PYNGROK_NGROK_PATH" in message
