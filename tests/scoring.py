@@ -26,10 +26,10 @@ NETWORK, SVM = "model_conv_network", "model_svm_rbf"
 PASSED = pd.DataFrame({"passed": [True], "finding": [""]}, index=["all"])
 
 
-def fit_svm(split, C=1.0, gamma=0.1):
+def fit_svm(split):
     """Return fitted preprocessing and classifier, as notebook 03 makes them."""
     preprocessing = TabularPreprocessor(split.categorical)
-    svc = SVC(C=C, gamma=gamma, decision_function_shape="ovo")
+    svc = SVC(C=1.0, gamma=0.1, decision_function_shape="ovo")
     probabilities = make_pipeline(PolynomialFeatures(2), LogisticRegression(C=0.3))
     classifier = StackingClassifier(
         [("svc", svc)], probabilities, cv=StratifiedKFold(3), stack_method="decision_function"

@@ -105,8 +105,6 @@ def bootstrap_interval(
     score: Callable[[np.ndarray, np.ndarray], float],
     y_true,
     y_pred_or_proba,
-    *,
-    seed: int,
     level: float = 0.95,
     n_resamples: int = 1000,
 ) -> tuple[float, float]:
@@ -127,7 +125,7 @@ def bootstrap_interval(
         Share of the draws between the two bounds.
     """
     y_true, answers = np.asarray(y_true), np.asarray(y_pred_or_proba)
-    rng, n_rows = np.random.default_rng(seed), len(y_true)
+    rng, n_rows = np.random.default_rng(0), len(y_true)
     draws = (rng.integers(0, n_rows, n_rows) for _ in range(n_resamples))
     low, high = np.quantile(
         [score(y_true[rows], answers[rows]) for rows in draws], [(1 - level) / 2, (1 + level) / 2]
@@ -165,7 +163,7 @@ def paired_gain(
     def gain(truth, guesses):
         return macro_f1(truth, guesses[:, 0], size) - macro_f1(truth, guesses[:, 1], size)
 
-    ends = bootstrap_interval(gain, truth, guesses, seed=0, level=level)
+    ends = bootstrap_interval(gain, truth, guesses, level)
     return gain(truth, guesses), *ends
 
 

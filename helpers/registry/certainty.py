@@ -31,11 +31,11 @@ def intervals(split: Split, answer: pd.DataFrame) -> dict[str, tuple[float, floa
     for number, name in enumerate(class_names(split.labels)):
         means[f"recall_{name}"] = guess[truth == number] == number
     found = {
-        name: bootstrap_interval(lambda _, rows: rows.mean(), rows, rows, seed=0)
+        name: bootstrap_interval(lambda _, rows: rows.mean(), rows, rows)
         for name, rows in means.items()
     }
     score = partial(macro_f1, size=len(split.labels))
-    return found | {"f1_macro": bootstrap_interval(score, truth, guess, seed=0)}
+    return found | {"f1_macro": bootstrap_interval(score, truth, guess)}
 
 
 def calibration_curve(split: Split, answer: pd.DataFrame, label=None) -> pd.DataFrame:

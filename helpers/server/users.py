@@ -71,12 +71,14 @@ class AccessRules:
     roles: dict[str, str] = field(default_factory=dict)
 
 
+def _read(path: Path) -> AccessRules:
+    return AccessRules(**json.loads(path.read_bytes())) if path.exists() else AccessRules()
+
+
 def read_rules(path: Path) -> AccessRules:
     """Read the rules; a file that cannot be read admits nobody without a password."""
     try:
-        return AccessRules(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return AccessRules()
+        return _read(path)
     except (OSError, ValueError, TypeError):
         return AccessRules(sign_in=True)
 
@@ -86,15 +88,14 @@ def change_rules(workspace: Workspace, **changes) -> None:
     with private_lock(workspace.server / "access.lock"):
         path = workspace.access_rules
         try:
-            rules = AccessRules(**json.loads(path.read_bytes())) if path.exists() else AccessRules()
+            rules = _read(path)
         except (ValueError, TypeError):
             raise AccessError(
                 f"{path} is damaged and stays as it is; nobody gets in without a "
                 "password. Move it to another folder and run this again: the roles are made anew "
                 "from UI_USERS."
             ) from None
-        rules = replace(rules, **changes)
-        write_private(workspace.access_rules, asdict(rules))
+        write_private(path, asdict(replace(rules, **changes)))
 
 
 # --- the table of users -----------------------------------------------------------------------
@@ -165,9 +166,7 @@ def hand_on_secrets() -> list[str]:
 # --- accounts ---------------------------------------------------------------------------------
 
 
-def set_up_users(
-    workspace: Workspace, url: str, roles: dict[str, str] | None = None
-) -> dict[str, str]:
+def set_up_users(workspace: Workspace, url: str, roles: dict[str, str] | None) -> dict[str, str]:
     """Make the users' accounts on the running server, with today's passwords and roles.
 
     Parameters
@@ -175,9 +174,9 @@ def set_up_users(
     workspace : helpers.workspace.Workspace
     url : str
         Address of its server on this machine.
-    roles : dict of str to str, optional
+    roles : dict of str to str or None
         From `parse_users`; who had an account by an earlier table and is not in this one loses
-        it. Default: the earlier table, at first `DEFAULT_USERS`.
+        it. None: the earlier table, at first `DEFAULT_USERS`.
 
     Returns
     -------

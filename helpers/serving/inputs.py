@@ -180,7 +180,7 @@ def _survey(reader: JsonReader, form: str, columns: dict[str, str]) -> Iterator[
 
 
 def _survey_rows(
-    reader: JsonReader, form: str, columns: dict[str, str], width: int | None = None
+    reader: JsonReader, form: str, columns: dict[str, str], width: int | None
 ) -> tuple[set[str], int | None]:
     """Read past rows; return which columns objects have, and how many values lists have.
 

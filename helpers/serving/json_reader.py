@@ -20,14 +20,14 @@ NEAR_THE_END = 16  # letters; an escape or a word that is cut off is shorter
 
 
 class JsonReader:
-    """Reads a JSON text from its start, or from a place that `mark` gave.
+    """Reads a JSON text from a byte on: its first letter, or a place that `mark` gave.
 
     Blanks between values are left out.
 
     What is no JSON, or too large, is refused with starlette's ``HTTPException``.
     """
 
-    def __init__(self, body: bytes, start: int = 0):
+    def __init__(self, body: bytes, start: int):
         self._body = body
         # Bytes of the body that are in view as text, and the place in the text.
         self._start = self._end = start

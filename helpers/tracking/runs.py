@@ -75,7 +75,7 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def user_name(name: str | None = None) -> str:
+def user_name(name: str | None) -> str:
     """Return who acts: `name`, else the user of a team's server, else the system user."""
     signed_in = os.environ.get(USER)
     if name or (signed_in and signed_in != credentials.NOTEBOOKS):

@@ -55,21 +55,21 @@ def test_bootstrap_interval_is_as_wide_as_theory_says_and_takes_probabilities_an
     truth = rng.integers(0, 2, 400)
     guess = np.where(rng.random(400) < 0.8, truth, 1 - truth)
     accuracy = accuracy_score(truth, guess)
-    low, high = bootstrap_interval(accuracy_score, truth, guess, seed=0)
+    low, high = bootstrap_interval(accuracy_score, truth, guess)
     half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / 400)
     assert (low, high) == pytest.approx((accuracy - half, accuracy + half), abs=0.006)
-    assert (low, high) == bootstrap_interval(accuracy_score, truth, guess, seed=0)
-    narrow = bootstrap_interval(accuracy_score, truth, guess, seed=0, level=0.5)
+    assert (low, high) == bootstrap_interval(accuracy_score, truth, guess)
+    narrow = bootstrap_interval(accuracy_score, truth, guess, level=0.5)
     assert low < narrow[0] < accuracy < narrow[1] < high
     chances = np.column_stack([1 - guess, guess]) * 0.8 + 0.1
-    low, high = bootstrap_interval(log_loss, truth, chances, seed=0, n_resamples=100)
+    low, high = bootstrap_interval(log_loss, truth, chances, n_resamples=100)
     assert low < log_loss(truth, chances) < high
 
     def gain(y_true, both):
         return accuracy_score(y_true, both[:, 0]) - accuracy_score(y_true, both[:, 1])
 
     same = np.column_stack([guess, guess])
-    assert bootstrap_interval(gain, truth, same, seed=0, n_resamples=50) == (0, 0)
+    assert bootstrap_interval(gain, truth, same, n_resamples=50) == (0, 0)
 
 
 def test_baselines_are_scikit_learns_and_a_weak_model_gets_a_remark(small_split, capsys):

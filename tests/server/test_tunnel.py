@@ -569,10 +569,9 @@ def test_setting_that_cannot_be_read_is_refused(served, ngrok, monkeypatch, name
     assert not ngrok.endpoints
 
 
-@pytest.mark.parametrize("value", ["yes", "true", None, 2])
-def test_other_value_of_expose_ui_is_refused_with_those_allowed(workspace, value):
+def test_other_value_of_expose_ui_is_refused_with_those_allowed(workspace):
     with pytest.raises(ParameterError, match="EXPOSE_UI must be one of 'auto', True, False"):
-        tunnel.show_ui(workspace, value)
+        tunnel.show_ui(workspace, "true")
 
 
 # --- a person at the keyboard ------------------------------------------------------------------

@@ -59,10 +59,10 @@ def measured(served):
             task.result()
 
 
-def filled(head, item, end, between=b","):
+def filled(head, item, end):
     """Return a body of `MOST` bytes of equal items."""
-    count = (MOST - len(head) - len(end)) // (len(item) + len(between))
-    return head + between.join([item] * count) + end
+    count = (MOST - len(head) - len(end)) // (len(item) + 1)
+    return head + b",".join([item] * count) + end
 
 
 def test_small_requests_of_many_names_stay_small(served):
