@@ -11,6 +11,7 @@ from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
 from helpers import registry
 from helpers.registry.promotion import PromotionRefusedError, RegistryError
 from tests.registry.conftest import failed, promote_by_cell
+from tests.scoring import promote_without
 
 CALLS = ["register_model", "transition_model_version_stage", "set_registered_model_alias"]
 
@@ -110,22 +111,6 @@ def test_refused_candidate_fails_a_batch_run(monkeypatch, capsys):
 
 
 # --- lines of the cell that are missing, errors, and others who promote -------------------------
-
-
-def promote_without(candidate, checks, *missing, broken=None):
-    """Run the cell's lines except those whose call is `missing`; raise `broken` at the end."""
-    client, name = mlflow.MlflowClient(), candidate.name
-    with registry.promoting(candidate, checks, "a test") as promotion:
-        version = promotion.version
-        if not version and "register_model" not in missing:
-            version = mlflow.register_model(candidate.model_uri, name)
-        if promotion.due or "promotion.due" in missing:
-            if version and "transition_model_version_stage" not in missing:
-                client.transition_model_version_stage(name, version.version, "Production", True)
-            if version and "set_registered_model_alias" not in missing:
-                client.set_registered_model_alias(name, "production", version.version)
-        if broken:
-            raise broken
 
 
 @pytest.mark.parametrize("call", CALLS)
