@@ -62,7 +62,7 @@ def summarize(workspace: Workspace, done: set[str]) -> str:
     return "\n".join(lines)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m helpers.run",
         description="Run the series of notebooks headlessly.",
@@ -89,7 +89,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--html", action="store_true", help="write the executed notebooks as HTML, too"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     for name in ("workspace", "data", "only"):
         if getattr(options, name) == "":
             # Such as a variable of a CI that is not set.
@@ -226,9 +226,9 @@ def _as_interrupt(number, frame):
     raise KeyboardInterrupt
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Run the command line; 1 if a notebook or a setting failed, 130 after an interrupt."""
-    options = _parse(arguments)
+    options = _parse()
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         return _run(options)
