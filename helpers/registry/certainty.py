@@ -43,7 +43,6 @@ def calibration_curve(split: Split, answer: pd.DataFrame, label=None) -> pd.Data
 
     Parameters
     ----------
-    split : helpers.data.Split
     answer : pandas.DataFrame
         To the test rows.
     label

@@ -27,8 +27,6 @@ def check(model_uri: str, split: Split, answer: pd.DataFrame) -> str:
 
     Parameters
     ----------
-    model_uri : str
-    split : helpers.data.Split
     answer : pandas.DataFrame
         The model's answer to the test rows in this environment.
 

@@ -122,8 +122,6 @@ def explain(model: PyFuncModel, split: Split, answer: pd.DataFrame, label=None) 
 
     Parameters
     ----------
-    model : mlflow.pyfunc.PyFuncModel
-    split : helpers.data.Split
     answer : pandas.DataFrame
         Its answer to the test rows.
     label

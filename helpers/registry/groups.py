@@ -49,7 +49,6 @@ def make_grouping(split: Split, columns: Sequence[str] | None) -> dict[str, dict
 
     Parameters
     ----------
-    split : helpers.data.Split
     columns
         None: those of `STUDENT_GROUPS` for the students' table, none for another.
 
@@ -280,7 +279,6 @@ def measure_groups(
 
     Parameters
     ----------
-    candidates : dict of str to Candidate
     columns
         As in `make_grouping`; where there is none, nothing is measured, and a notice says so.
     alarm_class

@@ -43,8 +43,6 @@ class Gate:
     app : callable
         MLflow's ASGI app, with basic-auth.
     accounts : helpers.server.app.Accounts
-    protected : helpers.server.protected.Protected
-    workspace : helpers.workspace.Workspace
     port : int
         Where the server listens.
     """

@@ -61,7 +61,6 @@ def start(workspace: Workspace, keep: bool | None = None, wait: bool = True) -> 
 
     Parameters
     ----------
-    workspace : helpers.workspace.Workspace
     keep : bool, optional
         Whether it goes on after the last program that uses it; default: where a person is.
     wait : bool

@@ -86,7 +86,6 @@ def explain_code(text: str, domain: str | None = None) -> str:
 
     Parameters
     ----------
-    text : str
     domain : str, optional
         The reserved domain that was asked for.
     """

@@ -63,10 +63,8 @@ class Protected:
 
         Parameters
         ----------
-        method, path, query : str
         body : bytes
             Empty where it is a file.
-        is_admin : bool
         """
         action = "/".join(path.rstrip("/").rsplit("/", 2)[-2:])
         content = _parse(body)

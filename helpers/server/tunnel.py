@@ -249,7 +249,6 @@ def opening(
 
     Parameters
     ----------
-    workspace : helpers.workspace.Workspace
     expose : {'auto', True, False}
         Whether the UI is shown at a public address. ``'auto'``: where there is a token; a
         failure is then said, and the notebook goes on. ``True``: a failure is an error.
@@ -289,7 +288,6 @@ def show_models(workspace: Workspace, models) -> Address:
 
     Parameters
     ----------
-    workspace : helpers.workspace.Workspace
     models : helpers.serving.ScoringClient
     """
     what = "The models answer"

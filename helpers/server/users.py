@@ -171,7 +171,6 @@ def set_up_users(workspace: Workspace, url: str, roles: dict[str, str] | None) -
 
     Parameters
     ----------
-    workspace : helpers.workspace.Workspace
     url : str
         Address of its server on this machine.
     roles : dict of str to str or None
