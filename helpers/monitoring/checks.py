@@ -43,6 +43,11 @@ class Finding:
     message: str
 
 
+def _crossed(metric: str, value, threshold, before, side: str = "below") -> Finding:
+    message = f"{metric} {value:.3f} is {side} {threshold:.3f} ({before:.3f} at promotion)"
+    return Finding(metric, float(value), float(threshold), message)
+
+
 def measure(answers: pd.DataFrame, labels: list) -> dict[str, float]:
     """Compute the metrics of labelled rows.
 
@@ -125,9 +130,8 @@ def check_labelled(answers: pd.DataFrame, reference: dict) -> list[Finding]:
     for name, draws, before, limit, sign in compared:
         threshold = before - sign * limit
         if np.mean(sign * draws < sign * threshold) >= SURE:
-            value, side = float(draws[0]), "below" if sign > 0 else "above"
-            message = f"{name} {value:.3f} is {side} {threshold:.3f} ({before:.3f} at promotion)"
-            findings.append(Finding(name, value, float(threshold), message))
+            side = "below" if sign > 0 else "above"
+            findings.append(_crossed(name, draws[0], threshold, before, side))
     return findings
 
 
@@ -229,11 +233,7 @@ def check_rates(
         name = metric if column == ALL else f"{metric} of {column} {group}"
         name += " (estimated)" * estimated
         threshold = row["promoted"] - _limit(metric)
-        message = (
-            f"{name} {row['value']:.3f} is below {threshold:.3f} "
-            f"({row['promoted']:.3f} at promotion)"
-        )
-        findings.append(Finding(name, float(row["value"]), float(threshold), message))
+        findings.append(_crossed(name, row["value"], threshold, row["promoted"]))
     return findings, table
 
 
