@@ -34,6 +34,7 @@ from helpers.settings import (
 )
 from helpers.workspace import ProjectError, Workspace, open_workspace
 
+MOST_REMARKS = 10  # on columns; notebook 01 has them all
 SUMMARY = ("accuracy", "f1_macro", "log_loss")
 
 
@@ -116,7 +117,7 @@ def _parameters(options: argparse.Namespace) -> dict:
     return parameters
 
 
-def _check_first(options: argparse.Namespace, parameters: dict) -> None:
+def _check_first(options: argparse.Namespace, parameters: dict, report: Report) -> None:
     """Refuse what would fail later, before anything is written or started.
 
     Settings of the environment are read, and a table that is named as its notebook reads it.
@@ -142,6 +143,9 @@ def _check_first(options: argparse.Namespace, parameters: dict) -> None:
 
             groups.check_columns(columns, table.features.columns)
             groups.alarm_label(sorted(table.labels.unique()), alarm_class)
+        remarks = data.remarks(table)
+        for name, remark in remarks[remarks != ""].head(MOST_REMARKS).items():
+            report(f"{name}: {remark}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -152,7 +156,7 @@ def _run(options: argparse.Namespace) -> int:
 
     parameters = _parameters(options)
     by_step = distribute(parameters)
-    _check_first(options, parameters)
+    _check_first(options, parameters, report)
     workspace = open_workspace(options.workspace or parameters.get("WORKSPACE"))
     hold(workspace, options.only, "python -m helpers.run", not options.no_wait, report)
     save = safe_copy.start(workspace, parameters.get("DRIVE_FOLDER"), "helpers.run").save

@@ -10,7 +10,7 @@ References
    (CC BY 4.0).
 """
 
-from helpers.data.looking import check_table, describe_columns, most_telling
+from helpers.data.looking import check_table, describe_columns, most_telling, remarks
 from helpers.data.reading import CSV_OPTIONS, CsvChunks, DataError
 from helpers.data.sources import SAMPLE, UCI_URL, load_table
 from helpers.data.split import (
@@ -40,6 +40,7 @@ __all__ = [
     "make_split",
     "most_telling",
     "read_table",
+    "remarks",
     "repeated_rows",
     "save_split",
     "with_repeated",

@@ -54,7 +54,7 @@ def describe_columns(table: Table) -> pd.DataFrame:
     for figure in ("min", "median", "max"):
         texts = numbers.agg(figure).map("{:.10g}".format)
         described[figure] = texts.reindex(frame.columns, fill_value="")
-    described["remark"] = [_remark(table, name, n) for name, n in described["distinct"].items()]
+    described["remark"] = remarks(table)
     if table.meanings:
         described.insert(0, "meaning", frame.columns.map(table.meanings).fillna(""))
     if len(described) <= MOST_DESCRIBED:
@@ -68,6 +68,11 @@ def describe_columns(table: Table) -> pd.DataFrame:
         *table.categorical,
     ]
     return described.loc[list(dict.fromkeys(first))[:MOST_DESCRIBED]]
+
+
+def remarks(table: Table) -> pd.Series:
+    """Return by column what deserves a look in it, as a sentence; mostly empty."""
+    return pd.Series({name: _remark(table, name, n) for name, n in table.frame.nunique().items()})
 
 
 def _remark(table: Table, name: str, distinct: int) -> str:

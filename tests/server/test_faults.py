@@ -1,6 +1,7 @@
 """The MLflow server when its process, or its disk, goes away under load."""
 
 import sqlite3
+import subprocess
 import threading
 from contextlib import closing
 
@@ -119,7 +120,8 @@ def test_disk_that_is_read_only_is_said_and_stays_as_it_is(small_disk):
 
 @pytest.mark.slow
 def test_disk_that_becomes_read_only_is_an_error_and_afterwards_all_goes_on(small_disk):
-    workspace = open_workspace(small_disk / "ws")
+    folder, _ = small_disk
+    workspace = open_workspace(folder / "ws")
     try:
         process = started(workspace)
         run_id = new_run(process.url)
