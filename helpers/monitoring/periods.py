@@ -69,7 +69,7 @@ class Report:
         names = ["rows", "labelled", "estimated_accuracy", "accuracy", "f1_macro"]
         names += ["calibration_error"]
         shown = [name for name in (*names, "drifted_columns", "alerts") if name in self.periods]
-        table = self.periods.set_index(["model", "version", "period"])[shown].round(4)
+        table = self.periods.set_index(["model", "version", "period"])[shown].round(3)
         return table.rename(columns=lambda name: name.replace("_", " "))  # breaks where narrow
 
 

@@ -128,7 +128,9 @@ def models_table() -> pd.DataFrame:
                     "f1_macro": metrics.get("f1_macro"),
                     "data": version.tags.get("data_source"),
                     "checks": version.tags.get("checks"),
-                    "created": pd.to_datetime(version.creation_timestamp, unit="ms", utc=True),
+                    "created": pd.to_datetime(
+                        version.creation_timestamp // 1000, unit="s", utc=True
+                    ),
                 }
             )
     return pd.DataFrame(rows).set_index(["name", "version"]) if rows else pd.DataFrame()
