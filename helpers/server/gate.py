@@ -23,7 +23,6 @@ from helpers.server.scoring_proxy import ScoringProxy
 from helpers.server.visits import RejectedError, UnauthorizedError, Visit
 from helpers.workspace import Workspace
 
-SHORT_ANSWER = 500  # bytes; what is shorter is not compressed
 MOST_DRAINED = 1_000_000  # bytes of a rejected request that are still read
 DRAIN_TIMEOUT = 2  # seconds that this may take
 MOST_OF_A_READER = 1_000_000  # bytes of a search
@@ -53,7 +52,7 @@ class Gate:
         self._app, self._accounts, self._protected = app, accounts, protected
         self._rules = workspace.access_rules
         # What a browser shows; artifacts are handed on as they are, however large.
-        text = GZipMiddleware(_join_short_answers(app), SHORT_ANSWER, compresslevel=6)
+        text = GZipMiddleware(app, compresslevel=6)
         self._apps = {"page": text, "look": text, "prediction": ScoringProxy(workspace)}
         self._log = ActivityLog(workspace.activity)
         # Requests of this machine pass MLflow with it while no sign-in is asked of them.
@@ -181,32 +180,6 @@ class Gate:
         if authorization is not None:
             headers["authorization"] = authorization
         return {**scope, "headers": headers.raw, "signed_in": signed_in}
-
-
-def _join_short_answers(app: ASGIApp) -> ASGIApp:
-    """Let an app send a short answer as one message, which says to `GZipMiddleware` how short.
-
-    Flask's answers come in parts, and those of an unknown length are compressed.
-    """
-
-    async def joining(scope: Scope, receive: Receive, send: Send) -> None:
-        short, body = False, b""
-
-        async def join(message: Message) -> None:
-            nonlocal short, body
-            if message["type"] == "http.response.start":
-                length = Headers(raw=message["headers"]).get("content-length", SHORT_ANSWER)
-                short = int(length) < SHORT_ANSWER
-            elif short:
-                body += message.get("body", b"")
-                if message.get("more_body"):
-                    return
-                message = {**message, "body": body}
-            await send(message)
-
-        await app(scope, receive, join)
-
-    return joining
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
