@@ -91,6 +91,7 @@ BOUNDS = {
     "C_EXPONENTS": Bounds(-60, 60),
     "GAMMA_EXPONENTS": Bounds(-60, 60),
     "CV_FOLDS": Bounds(2, 20),
+    "SEARCH_ROWS": Bounds(100),
     "N_JOBS": Bounds(-1, excluded=(0,)),
     "MIN_GAIN": Bounds(0, 1),
     "GAIN_OVER": Bounds(choices=("majority class", "logistic regression")),

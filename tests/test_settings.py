@@ -36,6 +36,7 @@ WRONG = {
     "GAMMA_EXPONENTS": [None, 3, "[broken", [], "a,b", [[1]], [1e400]],
     "BEYOND_EDGES": ["yes", 1],
     "CV_FOLDS": [1, 21, 2.5, None, "5"],
+    "SEARCH_ROWS": [99, "all"],
     "N_JOBS": [0, -2, 1.5, None, "2"],
     "GAIN_OVER": ["svm", None, 1],
     "MIN_GAIN": [-0.1, 1.1, "0", None, NAN],

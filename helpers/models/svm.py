@@ -2,19 +2,19 @@
 
 import pandas as pd
 
-from helpers.data import Split
 from helpers.display import notice
 from helpers.models.search import KernelGridSearch
 from helpers.workspace import ParameterError
 
 
-def check_folds(split: Split, folds: int) -> None:
-    """Raise ParameterError if a class has fewer training rows than there are folds."""
-    counts = split.y_train.value_counts()
+def check_folds(y: pd.Series, folds: int) -> None:
+    """Raise ParameterError if a class has fewer of the rows to search on than there are folds."""
+    counts = y.value_counts()
     if counts.min() < folds:
         raise ParameterError(
-            f"CV_FOLDS = {folds} needs {folds} training rows of each class, but the smallest "
-            f"class, {counts.idxmin()!r}, has {counts.min()}. Use fewer folds."
+            f"CV_FOLDS = {folds} needs {folds} rows of each class, but of the {len(y):,} rows to "
+            f"search on the smallest class, {counts.idxmin()!r}, has {counts.min()}. Use fewer "
+            "folds or, on a long table, more SEARCH_ROWS."
         )
 
 

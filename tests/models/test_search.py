@@ -334,11 +334,22 @@ def test_unusable_values_are_refused_naming_the_parameter(name, values):
         KernelGridSearch(scaled_svm(), {**GRID, f"svc__{name}": values}).fit(*make_data())
 
 
+def test_long_table_is_searched_on_a_sample_and_the_model_trained_on_all(small_split, workspace):
+    small = {"SEARCH_ROWS": 60, "C_EXPONENTS": [0], "GAMMA_EXPONENTS": [-3], "CV_FOLDS": 3}
+    names = {"split": small_split, "ws": workspace, "BEYOND_EDGES": False}
+    made = run_cells("03_svm_grid_search", "Pipeline(", "classifier.fit(", **names, **small)
+    assert made.y.value_counts().tolist() == [20, 20, 20]
+    assert list(made.X.index) == list(made.y.index)
+    assert made.X.index.isin(small_split.X_train.index).all()
+    svc = made.classifier.estimators_[0]
+    assert svc.shape_fit_[0] == len(small_split.X_train) > 60
+
+
 def test_more_folds_than_rows_of_a_class_are_refused_naming_the_parameter():
     split = SimpleNamespace(y_train=pd.Series(["a"] * 9 + ["b"] * 3))
-    svm.check_folds(split, 3)
+    svm.check_folds(split.y_train, 3)
     with pytest.raises(ParameterError, match="CV_FOLDS = 4 .* class, 'b', has 3"):
-        svm.check_folds(split, 4)
+        svm.check_folds(split.y_train, 4)
 
 
 # --- processes, a cluster, the real grid ---------------------------------------------------------
