@@ -1,5 +1,6 @@
 """Tables of other kinds than the students', through the whole series as a stranger would."""
 
+import re
 import threading
 from contextlib import suppress
 
@@ -51,6 +52,13 @@ def wide_table(columns=2000, rows=600):
     return frame.assign(Target=np.where(high, "high", "low"))
 
 
+def long_table(rows=60_000, columns=11):
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(rows, columns))
+    frame = pd.DataFrame(values.round(3)).add_prefix("x")
+    return frame.assign(Target=np.where(values[:, 0] + values[:, 1] > 0, "high", "low"))
+
+
 def test_awkward_table_gets_two_models_into_production(tmp_path):
     awkward_table().to_csv(tmp_path / "awkward.csv", index=False)
     workspace = tmp_path / "ws"
@@ -92,3 +100,15 @@ def test_two_thousand_columns_go_through_in_little_memory(tmp_path):
     first = shown(tmp_path / "ws", "01")
     assert "2,001 columns: those with a remark and the most telling ones" in first
     assert "200 of 2000 columns watched" in shown(tmp_path / "ws", "05")
+
+
+def test_sixty_thousand_rows_go_through(tmp_path):
+    long_table().to_csv(tmp_path / "long.csv", index=False)
+    settings = ("-p", "EPOCHS", "3", "-p", "BEYOND_EDGES", "False", *ONE_PAIR)
+    result = run_series(tmp_path / "ws", "--data", tmp_path / "long.csv", *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    searched = shown(tmp_path / "ws", "03")
+    assert re.search(r"Searched on (4,99|5,00)\d of 42,000 training rows", searched)
+    with connected(tmp_path / "ws") as client:
+        for name in RUNS:
+            assert client.get_model_version_by_alias(name, "production").version == "1"
