@@ -135,8 +135,8 @@ class Progress(keras.callbacks.Callback):
 class BackupAndRestore(keras.callbacks.BackupAndRestore):
     """Keras' own, whose backups no interrupt cuts in two: the optimizer's half would be lost.
 
-    Without a backup a training begins with the weights that `network` has now, however often the
-    cell is run; `options` are those of Keras.
+    Without a backup a training begins with what network and optimizer hold now, however often
+    the cell is run; `options` are those of Keras.
 
     Raises
     ------
@@ -150,13 +150,14 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             raise ParameterError(
                 "The network is trained already. Run the notebook again from 'The network' on."
             )
-        self._untrained = network.get_weights()
+        network.optimizer.build(network.trainable_variables)
+        everything = [*network.variables, *network.optimizer.variables]
+        self._untrained = [(variable, variable.numpy()) for variable in everything]
 
     def on_train_begin(self, logs=None):
         """Begin anew, or after the backup if there is one."""
-        self.model.set_weights(self._untrained)
-        for variable in self.model.optimizer.variables:
-            variable.assign(keras.ops.zeros_like(variable))
+        for variable, value in self._untrained:
+            variable.assign(value)
         super().on_train_begin(logs)
 
     def on_train_batch_end(self, batch, logs=None):

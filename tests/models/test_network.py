@@ -148,6 +148,15 @@ def test_training_cell_that_is_run_again_begins_anew(small_split, workspace, tra
         cnn.BackupAndRestore(workspace.training, made.network)
 
 
+def test_training_keeps_a_fixed_learning_rate(tmp_path):
+    network = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+    network.compile(keras.optimizers.SGD(0.1), loss="mse")
+    backup = cnn.BackupAndRestore(tmp_path, network)
+    X = np.random.default_rng(0).normal(size=(64, 2))
+    losses = network.fit(X, X.sum(axis=1), epochs=5, callbacks=[backup], verbose=0).history["loss"]
+    assert losses[-1] < losses[0] / 2
+
+
 def test_network_that_answers_otherwise_once_converted_is_not_logged(
     small_split, workspace, tracking_server, monkeypatch
 ):
