@@ -81,31 +81,36 @@ def test_server_that_is_killed_under_load_loses_nothing_that_it_answered(workspa
         server.stop_server(workspace)
 
 
-@pytest.mark.slow
-def test_full_disk_is_an_error_and_afterwards_all_goes_on(small_disk):
-    folder, _ = small_disk
-    workspace = open_workspace(folder / "ws")
+@pytest.fixture
+def used(small_disk):
+    """A server with its workspace on a small disk, and a run of it."""
+    workspace = open_workspace(small_disk[0] / "ws")
     try:
-        process = started(workspace)
-        run_id = new_run(process.url)
-        with Load(process.url, run_id) as load:
-            filler = folder / "filler"
-            with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
-                while True:
-                    file.write(bytes(4096))
-            before = len(load.kept)
-            content = {"run_id": run_id, "key": "big", "value": "x" * 500_000}
-            address = f"{process.url}{API}/runs/set-tag"
-            assert wait_for(lambda: requests.post(address, json=content).status_code >= 400)
-            assert server.answers(process.url)
-            filler.unlink()
-            assert wait_for(lambda: len(load.kept) > before + 20)
-        assert logged(process.url, run_id) >= load.kept
-        with closing(sqlite3.connect(workspace.tracking_db)) as database:
-            assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        url = started(workspace).url
+        yield workspace, url, new_run(url)
         assert (workspace.server / "log.txt").stat().st_size < 6_000_000
     finally:
         server.stop_server(workspace)
+
+
+@pytest.mark.slow
+def test_full_disk_is_an_error_and_afterwards_all_goes_on(used):
+    workspace, url, run_id = used
+    with Load(url, run_id) as load:
+        filler = workspace.root.with_name("filler")
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+            while True:
+                file.write(bytes(4096))
+        before = len(load.kept)
+        content = {"run_id": run_id, "key": "big", "value": "x" * 500_000}
+        address = f"{url}{API}/runs/set-tag"
+        assert wait_for(lambda: requests.post(address, json=content).status_code >= 400)
+        assert server.answers(url)
+        filler.unlink()
+        assert wait_for(lambda: len(load.kept) > before + 20)
+    assert logged(url, run_id) >= load.kept
+    with closing(sqlite3.connect(workspace.tracking_db)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_disk_that_is_read_only_is_said_and_stays_as_it_is(small_disk):
@@ -119,29 +124,23 @@ def test_disk_that_is_read_only_is_said_and_stays_as_it_is(small_disk):
 
 
 @pytest.mark.slow
-def test_disk_that_becomes_read_only_is_an_error_and_afterwards_all_goes_on(small_disk):
-    folder, _ = small_disk
-    workspace = open_workspace(folder / "ws")
-    try:
-        process = started(workspace)
-        run_id = new_run(process.url)
-        with Load(process.url, run_id) as load:
-            # What is opened from now on lies on it; a disk in use is not mounted anew.
-            subprocess.run(["mount", "--bind", workspace.root, workspace.root], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", workspace.root], check=True)
-            try:
-                content = {"run_id": run_id, "key": "a", "value": "x"}
-                address = f"{process.url}{API}/runs/set-tag"
-                assert wait_for(lambda: requests.post(address, json=content).status_code >= 400)
-                file = f"{process.url}/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/a.txt"
-                assert requests.put(file, data=b"x").status_code >= 400
-                assert server.answers(process.url)
-                assert logged(process.url, run_id) >= load.kept
-            finally:
-                subprocess.run(["umount", "-l", workspace.root], check=True)
-            before = len(load.kept)
-            assert wait_for(lambda: len(load.kept) > before + 20)
-        assert logged(process.url, run_id) >= load.kept
-        assert (workspace.server / "log.txt").stat().st_size < 6_000_000
-    finally:
-        server.stop_server(workspace)
+def test_disk_that_becomes_read_only_is_an_error_and_afterwards_all_goes_on(used):
+    workspace, url, run_id = used
+    root = workspace.root
+    with Load(url, run_id) as load:
+        # What is opened from now on lies on it; a disk in use is not mounted anew.
+        subprocess.run(["mount", "--bind", root, root], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", root], check=True)
+        try:
+            content = {"run_id": run_id, "key": "a", "value": "x"}
+            address = f"{url}{API}/runs/set-tag"
+            assert wait_for(lambda: requests.post(address, json=content).status_code >= 400)
+            file = f"{url}/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/a.txt"
+            assert requests.put(file, data=b"x").status_code >= 400
+            assert server.answers(url)
+            assert logged(url, run_id) >= load.kept
+        finally:
+            subprocess.run(["umount", "-l", root], check=True)
+        before = len(load.kept)
+        assert wait_for(lambda: len(load.kept) > before + 20)
+    assert logged(url, run_id) >= load.kept
