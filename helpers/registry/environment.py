@@ -35,7 +35,8 @@ def check(model_uri: str, split: Split, answer: pd.DataFrame) -> str:
     CheckFailedError
         If it does not answer there, or otherwise than here.
     """
-    if not shutil.which("uv"):  # nor is a virtual environment's own, unless it is activated
+    if not shutil.which("uv"):
+        # A virtual environment that is not activated is not on the PATH.
         os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         # From a folder of its own: the new environment needs no password of the server.
